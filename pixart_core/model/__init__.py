@@ -1,0 +1,3 @@
+from .transformer import PixArtTransformer, PreparedCaption
+
+__all__ = ["PixArtTransformer", "PreparedCaption"]

@@ -1,0 +1,86 @@
+"""The PixArt block and the final layer: DiT with one shared adaLN and attention to the caption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import KVCompression, PixArtConfig
+from .attention import AttentionFunction, CrossAttention, SelfAttention
+from .embedders import FeedForward
+
+
+def cast_parameter(parameter: Tensor, like: Tensor) -> Tensor:
+    """A raw parameter in the dtype and on the device of the activations it meets.
+
+    An `operations` namespace may carry its own function of this name, for a host whose weights
+    live elsewhere until they are used.
+    """
+    return parameter.to(device=like.device, dtype=like.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, C), shift and scale (B, 1, C)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class ScaleShift(nn.Module):
+    """Base of the modules that own a `scale_shift_table`, (rows, C), added to a time vector."""
+
+    def __init__(self, rows: int, hidden_size: int, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        table = torch.randn(rows, hidden_size, **factory) / hidden_size**0.5
+        self.scale_shift_table = nn.Parameter(table)
+        self._cast = getattr(operations, "cast_parameter", cast_parameter)
+
+    def scale_shift(self, t: Tensor) -> tuple[Tensor, ...]:
+        """t (B, rows or 1, C) -> one (B, 1, C) for each row of the table."""
+        table = self._cast(self.scale_shift_table, t)
+        return (table + t).chunk(table.shape[0], dim=1)
+
+
+class PixArtBlock(ScaleShift):
+    """One transformer block, adaLN-single (arXiv 2310.00426, section 2.3 and figure 4).
+
+    Cross-attention has neither norm, modulation nor gate.
+    """
+
+    def __init__(self, config: PixArtConfig, compression: KVCompression | None,
+                 operations: Any, **factory: Any) -> None:
+        super().__init__(6, config.hidden_size, operations, **factory)
+        size, heads = config.hidden_size, config.num_heads
+        self.norm1 = operations.LayerNorm(size, elementwise_affine=False, eps=1e-6, **factory)
+        self.attn = SelfAttention(size, heads, config.qk_norm, compression, operations, **factory)
+        self.cross_attn = CrossAttention(size, heads, operations, **factory)
+        self.norm2 = operations.LayerNorm(size, elementwise_affine=False, eps=1e-6, **factory)
+        self.mlp = FeedForward(size, config.mlp_hidden_size, size, operations, **factory)
+
+    def forward(self, x: Tensor, t0: Tensor, context: Tensor | tuple[Tensor, Tensor],
+                mask: Tensor | None, grid: tuple[int, int], attention: AttentionFunction) -> Tensor:
+        """x (B, N, C), t0 (B, 6, C), context as in CrossAttention, mask (B, 1, 1, L) or None."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.scale_shift(t0)
+        h = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid, attention)
+        x = torch.addcmul(x, gate_msa, h)
+        x = x + self.cross_attn(x, context, mask, attention)
+        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return torch.addcmul(x, gate_mlp, h)
+
+
+class FinalLayer(ScaleShift):
+    """Tokens to patches of pixels: x (B, N, C), t (B, C) -> (B, N, p * p * out_channels).
+
+    It takes the time vector itself, not the output of the shared adaLN layer.
+    """
+
+    def __init__(self, config: PixArtConfig, operations: Any, **factory: Any) -> None:
+        super().__init__(2, config.hidden_size, operations, **factory)
+        patch = config.patch_size**2 * config.out_channels
+        self.norm_final = operations.LayerNorm(config.hidden_size, elementwise_affine=False,
+                                               eps=1e-6, **factory)
+        self.linear = operations.Linear(config.hidden_size, patch, **factory)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shift, scale = self.scale_shift(t[:, None])
+        return self.linear(modulate(self.norm_final(x), shift, scale))
