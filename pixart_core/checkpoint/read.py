@@ -1,0 +1,208 @@
+"""Reading weight files: one door for every container, and one error for everything that is wrong.
+
+Tensors stay mapped to the file where the format allows it, so reading costs no memory until a
+tensor is used. Pickles are only ever opened with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .folder import find_files, neighbour_index, read_index, read_json_object
+from .header import CheckpointError, check_header, describe_bytes
+
+__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+_WRAPPERS = ("model", "module")
+_PARALLEL_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass
+class Checkpoint:
+    """Tensors of one model and what the files around them say about it.
+
+    `metadata` is the safetensors header's `__metadata__`, `config` the config.json beside the file
+    (both {} where there is none) and `pipeline_class` the `_class_name` of the diffusers pipeline
+    the folder belongs to.
+    """
+
+    path: Path
+    state_dict: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    pipeline_class: str | None = None
+
+
+def read_checkpoint(
+    path: str | Path, subfolder: str | None = None, *, prefer_ema: bool = False
+) -> Checkpoint:
+    """Read a weight file, one shard of a set, or a diffusers / Hugging Face folder.
+
+    `subfolder` is the part of a whole pipeline to enter ("transformer", "text_encoder", "vae"); it
+    matters for folders only. Without it the folder itself is tried, then its "transformer".
+    `prefer_ema` takes `state_dict_ema` of a training file instead of `state_dict`; whichever exists
+    is taken when there is only one.
+
+    Raises CheckpointError, a ValueError, for everything that can be wrong with a file.
+    """
+    path = Path(path)
+    try:
+        return _read(path, subfolder, prefer_ema)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _read(path: Path, subfolder: str | None, prefer_ema: bool) -> Checkpoint:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    folder = path
+    if path.is_dir():
+        folder, files, index = find_files(path, subfolder)
+    else:
+        folder, files, index = path.parent, [path], neighbour_index(path)
+    config_file, pipeline_file = folder / "config.json", folder.parent / "model_index.json"
+    config = read_json_object(config_file) if config_file.is_file() else {}
+    pipeline = read_json_object(pipeline_file) if pipeline_file.is_file() else {}
+
+    metadata: dict[str, str] = {}
+    if index is None:
+        tensors, metadata = _read_file(files[0], prefer_ema)
+    else:
+        tensors, metadata = _read_shards(index, prefer_ema)
+    state_dict = _strip_parallel(tensors)
+    if not state_dict:
+        raise CheckpointError(f"{path} holds no tensors")
+    name = pipeline.get("_class_name")
+    return Checkpoint(path, state_dict, metadata, config, name if isinstance(name, str) else None)
+
+
+def _read_shards(index: Path, prefer_ema: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    weight_map = read_index(index)
+    state_dict: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = index.parent / shard
+        if not file.is_file():
+            raise CheckpointError(f"{index} needs the shard {shard}, which is not in its folder; "
+                                  "download the missing file")
+        tensors, shard_metadata = _read_file(file, prefer_ema)
+        metadata.update(shard_metadata)
+        missing = [k for k, where in weight_map.items() if where == shard and k not in tensors]
+        if missing:
+            raise CheckpointError(f"{index.name} says that {shard} holds {missing[0]!r} "
+                                  f"({len(missing)} such names), but it does not; the index and "
+                                  "the shards are not of one set")
+        state_dict.update((k, v) for k, v in tensors.items() if weight_map.get(k, shard) == shard)
+    return state_dict, metadata
+
+
+def _read_file(path: Path, prefer_ema: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    suffix = path.suffix.lower()
+    if suffix not in SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES:
+        known = ", ".join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES)
+        raise CheckpointError(f"{path.name} is a {suffix or 'suffixless'} file, which is not "
+                              f"supported; the formats that are: {known} and diffusers folders")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(f"{path} is empty; download it again")
+    foreign = describe_bytes(head)
+    if suffix in SAFETENSORS_SUFFIXES:
+        if foreign:
+            raise CheckpointError(f"{path} is not a safetensors file: it is {foreign}")
+        return _read_safetensors(path)
+    return _unwrap(_read_pickle(path, head, foreign), path, prefer_ema), {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except Exception as error:  # the parser names no closed set of errors
+        raise CheckpointError(f"{path} is not a sound safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path, head: bytes, foreign: str | None) -> Any:
+    is_zip = head.startswith(b"PK\x03\x04")
+    if not is_zip and (not head.startswith(b"\x80") or tarfile.is_tarfile(path)):
+        # tar archives are refused because weights_only did not guard them before torch 2.6
+        raise CheckpointError(f"{path} is not a PyTorch file: it is {foreign or 'something else'}")
+    if is_zip and not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is cut short or damaged (its zip directory is missing); "
+                              "download it again")
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported" not in reason:
+            raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} holds Python objects besides tensors and could run code when opened, so it "
+            "was not opened (weights_only=True). If you trust its source, convert it once: load "
+            "it with torch.load(path, weights_only=False) and save its state_dict with "
+            f"safetensors.torch.save_file. What was found: {_refused_name(reason)}"
+        ) from error
+    except Exception as error:  # damaged pickles fail with anything
+        raise CheckpointError(f"{path} is cut short or damaged: {_first_line(error)}") from error
+
+
+def _refused_name(reason: str) -> str:
+    lines = (line.strip() for line in reason.splitlines())
+    return next((line for line in lines if "Unsupported" in line), "an unknown object")[:300]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300] if text else 'no details'}"
+
+
+def _unwrap(loaded: Any, path: Path, prefer_ema: bool) -> dict[str, Tensor]:
+    """The tensors of a .pth, out of whatever training wrapped around them."""
+    wrappers = ("state_dict", "state_dict_ema")
+    wrappers = (wrappers[::-1] if prefer_ema else wrappers) + _WRAPPERS
+    content = loaded
+    for _ in range(4):
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}; a dictionary of "
+                                  "tensors was expected")
+        inner = next((content[w] for w in wrappers if isinstance(content.get(w), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    dropped = [str(k) for k in content if k not in tensors]
+    if dropped:
+        logger.debug("%s: entries that are not tensors are left out: %s", path, dropped)
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(f"{path}: tensor {name!r} is not a plain dense tensor")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _strip_parallel(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what DataParallel and torch.compile put in front of every one of them."""
+    for prefix in _PARALLEL_PREFIXES:
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix):]: t for name, t in state_dict.items()}
+    return state_dict
