@@ -33,7 +33,8 @@ class KVCompression:
 
     def __post_init__(self) -> None:
         if self.sampling not in KV_SAMPLINGS:
-            raise ValueError(f"kv_compression sampling is {self.sampling!r}; use one of {KV_SAMPLINGS}")
+            raise ValueError(f"kv_compression sampling is {self.sampling!r}; "
+                             f"use one of {KV_SAMPLINGS}")
         if self.factor < 2:
             raise ValueError(f"kv_compression factor is {self.factor}; it must be 2 or more")
         object.__setattr__(self, "layers", tuple(sorted(int(i) for i in self.layers)))

@@ -22,21 +22,32 @@ def cast_parameter(parameter: Tensor, like: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, C), shift and scale (B, 1, C)."""
-    return torch.addcmul(shift, x, 1 + scale)
+    """x (B, N, C), shift and scale (B, 1, C) float32 -> (B, N, C) in the dtype of x."""
+    return torch.addcmul(shift.to(x.dtype), x, (1 + scale).to(x.dtype))
+
+
+def add_gated(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    """x + gate * h: x and h (B, N, C), gate (B, 1, C) float32."""
+    return torch.addcmul(x, gate.to(x.dtype), h)
 
 
 class ScaleShift(nn.Module):
-    """Base of the modules that own a `scale_shift_table`, (rows, C), added to a time vector."""
+    """Base of the modules that own a `scale_shift_table`, (rows, C), added to a time vector.
 
-    def __init__(self, rows: int, hidden_size: int, operations: Any, **factory: Any) -> None:
+    Table and sum are float32 in a half-precision model and are rounded once, where they meet the
+    tokens.
+    """
+
+    def __init__(self, rows: int, hidden_size: int, operations: Any,
+                 device: torch.device | str | None) -> None:
         super().__init__()
-        table = torch.randn(rows, hidden_size, **factory) / hidden_size**0.5
+        table = torch.randn(rows, hidden_size, dtype=torch.float32, device=device)
+        table = table / hidden_size**0.5
         self.scale_shift_table = nn.Parameter(table)
         self._cast = getattr(operations, "cast_parameter", cast_parameter)
 
     def scale_shift(self, t: Tensor) -> tuple[Tensor, ...]:
-        """t (B, rows or 1, C) -> one (B, 1, C) for each row of the table."""
+        """t (B, rows or 1, C) float32 -> one (B, 1, C) for each row of the table."""
         table = self._cast(self.scale_shift_table, t)
         return (table + t).chunk(table.shape[0], dim=1)
 
@@ -49,7 +60,7 @@ class PixArtBlock(ScaleShift):
 
     def __init__(self, config: PixArtConfig, compression: KVCompression | None,
                  operations: Any, **factory: Any) -> None:
-        super().__init__(6, config.hidden_size, operations, **factory)
+        super().__init__(6, config.hidden_size, operations, factory.get("device"))
         size, heads = config.hidden_size, config.num_heads
         self.norm1 = operations.LayerNorm(size, elementwise_affine=False, eps=1e-6, **factory)
         self.attn = SelfAttention(size, heads, config.qk_norm, compression, operations, **factory)
@@ -59,13 +70,13 @@ class PixArtBlock(ScaleShift):
 
     def forward(self, x: Tensor, t0: Tensor, context: Tensor | tuple[Tensor, Tensor],
                 mask: Tensor | None, grid: tuple[int, int], attention: AttentionFunction) -> Tensor:
-        """x (B, N, C), t0 (B, 6, C), context as in CrossAttention, mask (B, 1, 1, L) or None."""
+        """x (B, N, C), t0 (B, 6, C) float32; context and mask as in CrossAttention."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.scale_shift(t0)
         h = self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid, attention)
-        x = torch.addcmul(x, gate_msa, h)
+        x = add_gated(x, gate_msa, h)
         x = x + self.cross_attn(x, context, mask, attention)
         h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-        return torch.addcmul(x, gate_mlp, h)
+        return add_gated(x, gate_mlp, h)
 
 
 class FinalLayer(ScaleShift):
@@ -75,7 +86,7 @@ class FinalLayer(ScaleShift):
     """
 
     def __init__(self, config: PixArtConfig, operations: Any, **factory: Any) -> None:
-        super().__init__(2, config.hidden_size, operations, **factory)
+        super().__init__(2, config.hidden_size, operations, factory.get("device"))
         patch = config.patch_size**2 * config.out_channels
         self.norm_final = operations.LayerNorm(config.hidden_size, elementwise_affine=False,
                                                eps=1e-6, **factory)
@@ -83,4 +94,6 @@ class FinalLayer(ScaleShift):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = self.scale_shift(t[:, None])
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        # once per pass, so float32 to the last layer is cheap, and no later layer evens it out
+        h = modulate(self.norm_final(x.float()), shift, scale)
+        return self.linear(h.to(x.dtype))

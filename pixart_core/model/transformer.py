@@ -31,8 +31,8 @@ class PreparedCaption:
 class BlockInputs:
     """What every block sees beside the tokens: one object for a whole forward pass.
 
-    `t0` (B, 6, C) modulates, `context` is the projected caption (B, L, C) or one pair of keys and
-    values for each block, `mask` None or (B, 1, 1, L), `grid` the token rows and columns.
+    `t0` (B, 6, C) float32 modulates, `context` is the projected caption (B, L, C) or one pair of
+    keys and values for each block, `mask` None or (B, 1, 1, L), `grid` the token rows and columns.
     """
 
     t0: Tensor
@@ -48,9 +48,11 @@ class BlockInputs:
 class PixArtTransformer(nn.Module):
     """PixArt-alpha (arXiv 2310.00426), PixArt-delta (2401.05252) and PixArt-Sigma (2403.04692).
 
-    Parameter names are those of the released `.pth` files. `operations` makes every layer with
-    weights (default torch.nn), `attention` is the attention function (default PyTorch's).
-    `null_caption` says whether there is a learned null caption (diffusers files drop it).
+    Parameter names are those of the released `.pth` files. `dtype` is that of the layers which see
+    tokens; the time path (embedders, shared adaLN, tables) is always float32. `operations` makes
+    every layer with weights (default torch.nn), `attention` is the attention function (default
+    PyTorch's). `null_caption` says whether there is a learned null caption (diffusers files drop
+    it).
     """
 
     def __init__(self, config: PixArtConfig, dtype: torch.dtype | None = None,
@@ -64,12 +66,13 @@ class PixArtTransformer(nn.Module):
         size = config.hidden_size
         self.x_embedder = PatchEmbedder(config.in_channels, size, config.patch_size, operations,
                                         **factory)
-        self.t_embedder = ScalarEmbedder(size, operations, **factory)
+        self.t_embedder = ScalarEmbedder(size, operations, device)
         self.csize_embedder = self.ar_embedder = None
         if config.micro_conditioning:
-            self.csize_embedder = ScalarEmbedder(size // 3, operations, **factory)
-            self.ar_embedder = ScalarEmbedder(size // 3, operations, **factory)
-        self.t_block = nn.Sequential(nn.SiLU(), operations.Linear(size, 6 * size, **factory))
+            self.csize_embedder = ScalarEmbedder(size // 3, operations, device)
+            self.ar_embedder = ScalarEmbedder(size // 3, operations, device)
+        shared = operations.Linear(size, 6 * size, dtype=torch.float32, device=device)
+        self.t_block = nn.Sequential(nn.SiLU(), shared)
         self.y_embedder = CaptionEmbedder(config.caption_channels, size, config.max_tokens,
                                           null_caption, operations, **factory)
         compression = config.kv_compression
@@ -109,7 +112,7 @@ class PixArtTransformer(nn.Module):
         self._check_inputs(x, caption, caption_mask, image_size, aspect_ratio)
         size = x.shape[-2:]
         tokens, grid = self.embed_latent(x)
-        t = self.embed_time(timestep, image_size, aspect_ratio, x.dtype)
+        t = self.embed_time(timestep, image_size, aspect_ratio)
         context, mask = self.embed_caption(caption, caption_mask, x.dtype)
         inputs = BlockInputs(self.shared_modulation(t), context, mask, grid, self.attention)
         tokens = self.run_blocks(tokens, inputs)
@@ -134,11 +137,11 @@ class PixArtTransformer(nn.Module):
         return self._position_tables[key]
 
     def embed_time(self, timestep: Tensor, image_size: Tensor | None,
-                   aspect_ratio: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Timestep (B,), plus size and ratio where the model has them -> (B, C)."""
-        t = self.t_embedder(timestep[:, None], dtype)
+                   aspect_ratio: Tensor | None) -> Tensor:
+        """Timestep (B,), plus size and ratio where the model has them -> (B, C) float32."""
+        t = self.t_embedder(timestep[:, None])
         if self.csize_embedder is not None:
-            micro = [self.csize_embedder(image_size, dtype), self.ar_embedder(aspect_ratio, dtype)]
+            micro = [self.csize_embedder(image_size), self.ar_embedder(aspect_ratio)]
             t = t + torch.cat(micro, dim=-1)
         return t
 
