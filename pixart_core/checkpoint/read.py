@@ -21,7 +21,7 @@ from torch import Tensor
 from .folder import find_files, neighbour_index, read_index, read_json_object
 from .header import CheckpointError, check_header, describe_bytes
 
-__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint", "unwrap_state_dict"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _read_file(path: Path, prefer_ema: bool) -> tuple[dict[str, Tensor], dict[st
         if foreign:
             raise CheckpointError(f"{path} is not a safetensors file: it is {foreign}")
         return _read_safetensors(path)
-    return _unwrap(_read_pickle(path, head, foreign), path, prefer_ema), {}
+    return unwrap_state_dict(_read_pickle(path, head, foreign), str(path), prefer_ema), {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -177,14 +177,17 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:300] if text else 'no details'}"
 
 
-def _unwrap(loaded: Any, path: Path, prefer_ema: bool) -> dict[str, Tensor]:
-    """The tensors of a .pth, out of whatever training wrapped around them."""
+def unwrap_state_dict(loaded: Any, source: str, prefer_ema: bool = False) -> dict[str, Tensor]:
+    """The named tensors of what torch.load gave, out of whatever training wrapped around them.
+
+    `source` names the file in messages. Raises CheckpointError for anything but a dictionary.
+    """
     wrappers = ("state_dict", "state_dict_ema")
     wrappers = (wrappers[::-1] if prefer_ema else wrappers) + _WRAPPERS
     content = loaded
     for _ in range(4):
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path} holds a {type(content).__name__}; a dictionary of "
+            raise CheckpointError(f"{source} holds a {type(content).__name__}; a dictionary of "
                                   "tensors was expected")
         inner = next((content[w] for w in wrappers if isinstance(content.get(w), Mapping)), None)
         if inner is None:
@@ -193,10 +196,10 @@ def _unwrap(loaded: Any, path: Path, prefer_ema: bool) -> dict[str, Tensor]:
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     dropped = [str(k) for k in content if k not in tensors]
     if dropped:
-        logger.debug("%s: entries that are not tensors are left out: %s", path, dropped)
+        logger.debug("%s: entries that are not tensors are left out: %s", source, dropped)
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise CheckpointError(f"{path}: tensor {name!r} is not a plain dense tensor")
+            raise CheckpointError(f"{source}: tensor {name!r} is not a plain dense tensor")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 

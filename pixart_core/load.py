@@ -1,0 +1,144 @@
+"""The one door from transformer files to modules."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint.convert import convert_state_dict
+from .checkpoint.detect import detect_config
+from .checkpoint.identify import require_kind
+from .checkpoint.read import Checkpoint, CheckpointError, read_checkpoint, unwrap_state_dict
+from .config import PixArtConfig
+from .model.attention import AttentionFunction
+from .model.transformer import PixArtTransformer
+
+logger = logging.getLogger(__name__)
+
+Source = str | Path | Mapping[str, Tensor]
+
+_NULL_CAPTION = "y_embedder.y_embedding"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
+                     **fields: Any) -> tuple[dict[str, Tensor], PixArtConfig]:
+    """Tensors under native names, and the config they belong to.
+
+    Takes a file, a diffusers folder or a state dict, in native, diffusers or prefixed names. The
+    result has no `pos_embed` (the network computes it) and keeps `y_embedder.y_embedding` where
+    there is one. Tensors stay mapped to the file. `fields` as in `detect_config`.
+
+    Raises CheckpointError for unreadable files, other kinds of models, and weights that are
+    missing, left over, of the wrong shape, or not finite (skipped with `check_finite=False`, and
+    for 8-bit weights); ValueError where the config cannot be known.
+    """
+    checkpoint, source = _read(path_or_state_dict)
+    require_kind(checkpoint.state_dict, ("pixart", "pixart-diffusers"), source)
+    try:
+        config = detect_config(checkpoint.state_dict, checkpoint.metadata,
+                               config=checkpoint.config,
+                               pipeline_class=checkpoint.pipeline_class, **fields)
+        state_dict = convert_state_dict(checkpoint.state_dict, to="native")
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    state_dict.pop("pos_embed", None)
+    check_weights(state_dict, _build(config, state_dict).state_dict(), source)
+    if check_finite:
+        check_all_finite(state_dict, source)
+    return state_dict, config
+
+
+def load_transformer(path_or_state_dict: Source, dtype: torch.dtype | None = None,
+                     device: torch.device | str | None = None, operations: Any = None,
+                     attention: AttentionFunction | None = None,
+                     **fields: Any) -> PixArtTransformer:
+    """A PixArt transformer in eval mode, from any file `open_transformer` takes.
+
+    `dtype` None keeps the file's own (bfloat16 for 8-bit float files). There is never a second
+    copy of the weights: the module is built without memory and takes the tensors over, converted
+    one by one where dtype or device differ.
+    """
+    state_dict, config = open_transformer(path_or_state_dict, **fields)
+    dtype = dtype or main_dtype(state_dict)
+    model = _build(config, state_dict, dtype, operations, attention)
+    assign_weights(model, state_dict, device)
+    return model.eval()
+
+
+def main_dtype(state_dict: Mapping[str, Tensor]) -> torch.dtype:
+    """The floating dtype most matrices are stored in; bfloat16 in place of an 8-bit one.
+
+    Raises ValueError when no matrix is floating.
+    """
+    counts = Counter(t.dtype for t in state_dict.values()
+                     if t.ndim > 1 and t.dtype.is_floating_point)
+    if not counts:
+        raise ValueError("none of the weight matrices is floating; pass dtype=...")
+    dtype = counts.most_common(1)[0][0]
+    if dtype in _FLOATS:
+        return dtype
+    logger.info("weights are stored as %s and computed in bfloat16; pass dtype=... for another",
+                dtype)
+    return torch.bfloat16
+
+
+def check_weights(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor],
+                  source: str) -> None:
+    """Raise CheckpointError unless names and shapes are exactly those of `expected`."""
+    for problem, names in (("lacks", [k for k in expected if k not in state_dict]),
+                           ("has unexpected", [k for k in state_dict if k not in expected])):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise CheckpointError(f"{source} {problem} weights: {', '.join(names[:5])}{more}")
+    wrong = [k for k in expected if expected[k].shape != state_dict[k].shape]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(f"{source}: {name} has shape {tuple(state_dict[name].shape)}, "
+                              f"{tuple(expected[name].shape)} was expected ({len(wrong)} such "
+                              "tensors)")
+
+
+def check_all_finite(state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in state_dict.items():
+        if tensor.dtype not in _FLOATS or tensor.numel() == 0 or tensor.is_meta:
+            continue
+        # the extremes carry NaN and infinity along, without a mask the size of the tensor
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise CheckpointError(f"{source}: {name} holds NaN or infinite values; the file is "
+                                  "damaged, or the training that wrote it diverged")
+
+
+def assign_weights(model: torch.nn.Module, state_dict: dict[str, Tensor],
+                   device: torch.device | str | None) -> None:
+    """Give `model`, built on the meta device, its weights; empties `state_dict` on the way.
+
+    Each tensor is brought to the dtype of the parameter it becomes (some are float32 in any model)
+    and let go before the next one.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.state_dict().items():
+        weights[name] = state_dict.pop(name).to(device=device, dtype=parameter.dtype)
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+def _build(config: PixArtConfig, state_dict: Mapping[str, Tensor],
+           dtype: torch.dtype | None = None, operations: Any = None,
+           attention: AttentionFunction | None = None) -> PixArtTransformer:
+    return PixArtTransformer(config, dtype=dtype, device="meta", operations=operations,
+                             attention=attention, null_caption=_NULL_CAPTION in state_dict)
+
+
+def _read(path_or_state_dict: Source) -> tuple[Checkpoint, str]:
+    if isinstance(path_or_state_dict, Mapping):
+        source = "the state dict"
+        return Checkpoint(Path(), unwrap_state_dict(path_or_state_dict, source)), source
+    path = Path(path_or_state_dict)
+    return read_checkpoint(path), path.name
