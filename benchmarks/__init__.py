@@ -1,0 +1,1 @@
+"""Commands that measure, and the scenes the starter models are trained and judged on."""
