@@ -1,0 +1,57 @@
+"""Where the starter models are: a small family that comes with the project and needs no download.
+
+They draw one coloured shape on a coloured background at 64 px, in a second on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TRANSFORMER = "pixart_starter.safetensors"
+LCM = "pixart_starter_lcm.safetensors"
+T5 = "t5"
+T5_FILE = "t5_starter.safetensors"
+VAE = "vae_starter.safetensors"
+
+_PACKAGE = Path(__file__).resolve().parent
+_FOLDERS = (_PACKAGE.parent / "starter", _PACKAGE / "starter_weights")
+
+
+@dataclass(frozen=True)
+class Starter:
+    """The files of one starter family and the settings it was made for.
+
+    `t5` is a folder with its tokenizer beside it, `t5_file` the same encoder in one file with the
+    tokenizer inside. `guidance` is for `transformer`; `lcm`, its few-step student, runs
+    `lcm_steps` steps without guidance.
+    """
+
+    transformer: Path
+    lcm: Path
+    t5: Path
+    t5_file: Path
+    vae: Path
+    image_size: int = 64
+    steps: int = 20
+    guidance: float = 4.5
+    lcm_steps: int = 4
+
+
+def starter_in(folder: str | Path) -> Starter | None:
+    """The starter family of `folder`, or None when any of its files is missing there."""
+    folder = Path(folder)
+    paths = [folder / name for name in (TRANSFORMER, LCM, T5, T5_FILE, VAE)]
+    return Starter(*paths) if all(path.exists() for path in paths) else None
+
+
+def find_starter() -> Starter | None:
+    """The starter family of this installation, or None where it was left out.
+
+    A clone keeps it in `starter/` beside the package, a wheel inside the package.
+    """
+    for folder in _FOLDERS:
+        found = starter_in(folder)
+        if found is not None:
+            return found
+    return None
