@@ -1,0 +1,50 @@
+"""The engine of PixArt-Delta: every PixArt model in plain PyTorch, without a host.
+
+What is imported here needs torch, safetensors and einops alone; text, pipeline and command line
+are imported where they are used.
+"""
+
+from . import sampling
+from .checkpoint import (
+    CheckpointError,
+    convert_state_dict,
+    detect_config,
+    read_checkpoint,
+    write_checkpoint,
+)
+from .config import PRESETS, KVCompression, PixArtConfig
+from .load import load_transformer, open_transformer
+from .model import PixArtTransformer, PreparedCaption
+from .resolution import nearest_bin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "KVCompression",
+    "Pipeline",
+    "PixArtConfig",
+    "PixArtTransformer",
+    "PreparedCaption",
+    "convert_state_dict",
+    "detect_config",
+    "load_transformer",
+    "nearest_bin",
+    "open_transformer",
+    "read_checkpoint",
+    "sampling",
+    "text",
+    "write_checkpoint",
+]
+
+
+def __getattr__(name: str):
+    """Pipeline and text on first use: they pull in diffusers and transformers."""
+    from importlib import import_module
+
+    if name == "Pipeline":
+        return import_module(".pipeline", __name__).Pipeline
+    if name == "text":
+        return import_module(".text", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,31 @@
+"""The node pack: every PixArt node ComfyUI shows."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .conditioning import PixArtNullCaption, PixArtTextEncode
+from .host import files
+from .lcm import PixArtLCMSampler, PixArtLCMSchedule
+from .loaders import PixArtLoader, PixArtT5Loader
+from .resolution import PixArtResolution
+
+NODES: list[type[io.ComfyNode]] = [
+    PixArtLoader,
+    PixArtT5Loader,
+    PixArtTextEncode,
+    PixArtNullCaption,
+    PixArtResolution,
+    PixArtLCMSampler,
+    PixArtLCMSchedule,
+]
+
+
+class PixArtExtension(ComfyExtension):
+    """Hands the nodes to the host."""
+
+    async def on_load(self) -> None:
+        files.register_starter()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

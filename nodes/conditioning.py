@@ -1,0 +1,104 @@
+"""CONDITIONING from text, and the learned null caption."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..pixart_core import text as pixart_text
+from .host.clip import encode, report_tokens
+from .host.model import null_caption, pixart_config
+from .host.schema import CATEGORY, advanced, schema
+
+MAX_SIDE = 16384
+
+
+class PixArtTextEncode(io.ComfyNode):
+    """Text as PixArt was trained on it: cleaned, cut at the token limit."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PixArtTextEncode",
+            display_name="PixArt Text Encode",
+            category=f"{CATEGORY}/conditioning",
+            description="Encodes a prompt the way PixArt was trained: cleaned, and cut at the "
+                        "model's token limit. The node shows how many tokens the prompt takes.",
+            search_aliases=["prompt", "text encode", "clip text encode", "t5 encode"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="A T5 from PixArt T5 Loader or CLIPLoader "
+                                              '(type "pixart").'),
+                io.String.Input("text", multiline=True, dynamic_prompts=True,
+                                tooltip="The prompt. Long descriptions are welcome."),
+                io.Boolean.Input("clean_caption", default=True,
+                                 tooltip="Lower-case the text and strip links, HTML and odd "
+                                         "symbols, as in training. Off also keeps (word:1.2) "
+                                         "weights."),
+                io.Int.Input("max_tokens", default=300, min=1, max=300,
+                             tooltip="Tokens beyond this are cut: 300 for Sigma, 120 for alpha "
+                                     "and delta."),
+                io.Model.Input("model", optional=True,
+                               tooltip="Connect it and the limit is that of the model."),
+                advanced(io.Int.Input, "width", default=0, min=0, max=MAX_SIDE, step=8,
+                         tooltip="Width in pixels that alpha-1024 and delta are conditioned on; "
+                                 "0 takes it from the latent."),
+                advanced(io.Int.Input, "height", default=0, min=0, max=MAX_SIDE, step=8,
+                         tooltip="Height in pixels that alpha-1024 and delta are conditioned on; "
+                                 "0 takes it from the latent."),
+                advanced(io.Float.Input, "aspect_ratio", default=0.0, min=0.0, max=16.0, step=0.01,
+                         tooltip="Height over width that alpha-1024 and delta are conditioned on; "
+                                 "0 takes it from the size."),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning",
+                                            tooltip="Positive or negative input of a sampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, clip, text, clean_caption=True, max_tokens=300, model=None, width=0, height=0,
+                aspect_ratio=0.0) -> io.NodeOutput:
+        config = pixart_config(model) if model is not None else None
+        limit = min(max_tokens, config.max_tokens) if config is not None else max_tokens
+        if bool(width) != bool(height):
+            raise ValueError(f"width is {width} and height is {height}: give both, or 0 for both "
+                             "to take them from the latent")
+        size = {"width": width, "height": height} if width else {}
+        if aspect_ratio:
+            size["aspect_ratio"] = aspect_ratio
+        if clean_caption:
+            text = pixart_text.clean_caption(text)
+        conditioning, report = encode(clip, text, limit, size)
+        report_tokens(report, cls.hidden.unique_id)
+        return io.NodeOutput(conditioning, ui={"text": [str(report)]})
+
+
+class PixArtNullCaption(io.ComfyNode):
+    """The learned "no caption" of the weights, as the original scripts use it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PixArtNullCaption",
+            display_name="PixArt Null Caption",
+            category=f"{CATEGORY}/conditioning",
+            description="The null caption learned in training, for the negative input: what the "
+                        "original PixArt-alpha scripts use in place of an empty prompt.",
+            search_aliases=["unconditional", "empty prompt", "negative", "y_embedding"],
+            inputs=[
+                io.Model.Input("model", tooltip="A PixArt model whose file holds the null caption "
+                                                "(original and ComfyUI files do, diffusers files "
+                                                "do not)."),
+                io.Conditioning.Input("positive", optional=True,
+                                      tooltip="Cuts the null caption to the length of this prompt, "
+                                              "as the original scripts do."),
+            ],
+            outputs=[io.Conditioning.Output(display_name="negative",
+                                            tooltip="Negative input of a sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive=None) -> io.NodeOutput:
+        states = null_caption(model)
+        if positive:
+            states = states[: positive[0][0].shape[1]]
+        return io.NodeOutput([[states[None].clone(), {"pooled_output": None}]])
+

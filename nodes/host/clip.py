@@ -1,0 +1,173 @@
+"""T5 as a CLIP: the host's own encoder and memory management, for any T5 size."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import comfy.text_encoders.t5
+import comfy.utils
+import folder_paths
+import torch
+from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
+from server import PromptServer
+from torch import Tensor
+
+from ...pixart_core.text.t5_file import T5Config, T5File, read_t5
+from .files import fingerprint
+
+logger = logging.getLogger(__name__)
+
+# The host's name for PixArt's text encoder, in token dicts and tokenizer options.
+NAME = "t5xxl"
+PAD, END = 0, 1
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """How a prompt met its token limit: `cut` is the text that did not fit."""
+
+    used: int
+    limit: int
+    cut: str
+
+    def __str__(self) -> str:
+        if not self.cut:
+            return f"{self.used} of {self.limit} tokens"
+        return f"{self.used} tokens, the limit is {self.limit}; cut: {self.cut}"
+
+
+def load_clip(path: str, device: str = "default") -> comfy.sd.CLIP:
+    """A CLIP from a T5 encoder file or folder; `device` "cpu" keeps it off the card.
+
+    The released size goes through the host's own loader, quantised weights included; other sizes
+    are built from the same host classes. Raises CheckpointError that says what the file holds.
+    """
+    options: dict[str, Any] = {}
+    if device == "cpu":
+        options["load_device"] = options["offload_device"] = torch.device("cpu")
+    file = read_t5(path)
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    if file.config.d_model == 4096 and file.spiece_model is None:
+        return comfy.sd.load_text_encoder_state_dicts(
+            [file.state_dict], embedding_directory=embeddings,
+            clip_type=comfy.sd.CLIPType.PIXART, model_options=options)
+    return _build_clip(file, embeddings, options)
+
+
+def check_t5(path: str) -> None:
+    """Raise CheckpointError when `path` is no usable T5 encoder; reads headers only."""
+    _check_once(path, fingerprint(path))
+
+
+@functools.lru_cache(maxsize=32)
+def _check_once(path: str, _fingerprint: str) -> None:
+    read_t5(path)
+
+
+def encode(clip: comfy.sd.CLIP, text: str, limit: int,
+           extra: dict[str, Any]) -> tuple[list, TokenReport]:
+    """CONDITIONING of `text` cut at `limit` tokens, the end token kept; `extra` goes along."""
+    tokens = clip.tokenize(text)
+    tokens, report = cut_tokens(clip, tokens, limit)
+    if report.cut:
+        logger.warning("prompt has %d tokens, %d are used; cut: %s", report.used, limit,
+                       report.cut)
+    return clip.encode_from_tokens_scheduled(tokens, add_dict=extra), report
+
+
+def cut_tokens(clip: comfy.sd.CLIP, tokens: dict[str, list], limit: int,
+               ) -> tuple[dict[str, list], TokenReport]:
+    """Keep the first `limit` tokens, of which the last is the end token."""
+    if NAME not in tokens:
+        raise ValueError(f"the CLIP is no T5 (its tokens are for {', '.join(tokens)}); load one "
+                         'with PixArt T5 Loader or CLIPLoader (type "pixart")')
+    pairs = [pair for section in tokens[NAME] for pair in section]
+    used = len(pairs)
+    while used > 1 and isinstance(pairs[used - 1][0], int) and pairs[used - 1][0] == PAD:
+        used -= 1
+    if used <= limit:
+        return tokens, TokenReport(used, limit, "")
+    kept, end, cut = pairs[: limit - 1], pairs[used - 1], pairs[limit - 1: used - 1]
+    pieces = [str(piece) for _, piece in clip.tokenizer.untokenize(cut)]
+    text = "".join(pieces).replace("▁", " ").strip()
+    return {**tokens, NAME: [[*kept, end]]}, TokenReport(used, limit, text)
+
+
+def report_tokens(report: TokenReport, node_id: str | None) -> None:
+    """Show the token count on the node."""
+    if node_id is not None and PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(str(report), node_id)
+
+
+def _build_clip(file: T5File, embeddings: list[str], options: dict[str, Any]) -> comfy.sd.CLIP:
+    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(file),
+                                                    _encoder_class(file.config))
+    options = {**options, "dtype": options.get("dtype") or _dtype(file.state_dict)}
+    arguments: dict[str, Any] = {
+        "embedding_directory": embeddings, "model_options": options,
+        "parameters": comfy.utils.calculate_parameters(file.state_dict),
+    }
+    # since 0.4 the constructor loads the weights, for dynamic memory management
+    loads = "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters
+    if loads:
+        return comfy.sd.CLIP(target, state_dict=[file.state_dict], **arguments)
+    clip = comfy.sd.CLIP(target, **arguments)
+    clip.load_sd(file.state_dict)
+    return clip
+
+
+def _dtype(state_dict: dict[str, Tensor]) -> torch.dtype:
+    return state_dict["encoder.final_layer_norm.weight"].dtype
+
+
+def _encoder_class(config: T5Config) -> type[comfy.sd1_clip.SD1ClipModel]:
+    settings = {
+        "d_model": config.d_model, "d_kv": config.d_kv, "d_ff": config.d_ff,
+        "num_layers": config.num_layers, "num_heads": config.num_heads,
+        "vocab_size": config.vocab_size, "is_gated_act": config.gated,
+        "dense_act_fn": "gelu_pytorch_tanh" if config.gated else "relu", "model_type": "t5",
+    }
+
+    class Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device: Any = "cpu", dtype: torch.dtype | None = None,
+                     model_options: dict | None = None, **_: Any) -> None:
+            super().__init__(
+                device=device, dtype=dtype, layer="last", textmodel_json_config=dict(settings),
+                special_tokens={"end": END, "pad": PAD}, model_options=model_options or {},
+                model_class=comfy.text_encoders.t5.T5)
+
+    class TextModel(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device: Any = "cpu", dtype: torch.dtype | None = None,
+                     model_options: dict | None = None) -> None:
+            super().__init__(device=device, dtype=dtype, model_options=model_options or {},
+                             name=NAME, clip_model=Encoder)
+
+    return TextModel
+
+
+def _tokenizer_class(file: T5File) -> type[comfy.sd1_clip.SD1Tokenizer]:
+    class Tokenizer(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None,
+                     ) -> None:
+            super().__init__(
+                file.spiece_model, tokenizer_class=SPieceTokenizer, pad_with_end=False,
+                embedding_directory=embedding_directory, embedding_size=file.config.d_model,
+                embedding_key=NAME, has_start_token=False, pad_to_max_length=False,
+                max_length=99999999, min_length=1, pad_token=PAD,
+                tokenizer_data=tokenizer_data or {})
+
+    class TextTokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None,
+                     ) -> None:
+            super().__init__(embedding_directory=embedding_directory,
+                             tokenizer_data=tokenizer_data or {}, clip_name=NAME,
+                             tokenizer=Tokenizer)
+
+    return TextTokenizer

@@ -1,0 +1,59 @@
+"""Where models are: the host's folder keys, model folders beside single files, the starter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ...pixart_core.starter import find_starter
+
+_WEIGHTS = (".safetensors", ".sft", ".bin", ".pth", ".pt")
+
+
+def register_starter() -> None:
+    """Show the starter family in the host's lists, as long as its folder is there."""
+    starter = find_starter()
+    if starter is None:
+        return
+    for key, file in (("diffusion_models", starter.transformer),
+                      ("text_encoders", starter.t5_file), ("vae", starter.vae)):
+        folder_paths.add_model_folder_path(key, str(file.parent))
+
+
+def choices(key: str) -> list[str]:
+    """Names under a folder key: files as the host lists them, then folders that are one model."""
+    return [*folder_paths.get_filename_list(key), *_model_folders(key)]
+
+
+def full_path(key: str, name: str) -> str:
+    """The path of a name from `choices`. Raises ValueError when it is not there (any more)."""
+    path = folder_paths.get_full_path(key, name) if not name.endswith("/") else None
+    for root in folder_paths.get_folder_paths(key):
+        candidate = Path(root, name)
+        if path is None and name.endswith("/") and candidate.is_dir():
+            path = str(candidate)
+    if path is None:
+        raise ValueError(f"{name} is not in the {key} folders "
+                         f"({', '.join(folder_paths.get_folder_paths(key))}); "
+                         "press R to refresh the list, or put the file there")
+    return path
+
+
+def fingerprint(path: str) -> str:
+    """Changes when the file, or a file of the folder, does."""
+    paths = sorted(Path(path).glob("*")) if os.path.isdir(path) else [Path(path)]
+    return "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in paths)
+
+
+def _model_folders(key: str) -> list[str]:
+    """Folders with a config.json beside weights, as names that end in a slash."""
+    found = []
+    for root in folder_paths.get_folder_paths(key):
+        for config in sorted(Path(root).glob("*/config.json")) + sorted(
+                Path(root).glob("*/*/config.json")):
+            folder = config.parent
+            if any(p.suffix in _WEIGHTS for p in folder.iterdir()):
+                found.append(folder.relative_to(root).as_posix() + "/")
+    return sorted(set(found))

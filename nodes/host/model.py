@@ -1,0 +1,183 @@
+"""PixArt as a MODEL: the host's model classes around our transformer, and the way from a file."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...pixart_core.config import PixArtConfig
+from ...pixart_core.load import open_transformer
+from .conds import CaptionCond, CaptionMaskCond
+from .files import fingerprint
+from .transformer import HostTransformer
+
+logger = logging.getLogger(__name__)
+
+# Kept in float32 in any model, see ScalarEmbedder and ScaleShift.
+_FLOAT32 = ("t_embedder.", "csize_embedder.", "ar_embedder.", "t_block.")
+
+
+class PixArtModel(comfy.model_base.PixArt):
+    """The host's PixArt model with our transformer and conditions in it."""
+
+    def __init__(self, model_config: Any, device: Any = None) -> None:
+        # past comfy.model_base.PixArt, whose constructor builds the host's own transformer
+        super(comfy.model_base.PixArt, self).__init__(
+            model_config, comfy.model_base.ModelType.EPS, device=device,
+            unet_model=HostTransformer)
+        self.pixart_config: PixArtConfig = self.diffusion_model.config
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
+        """What a sampler passes for each conditioning, batched by the host."""
+        out = super(comfy.model_base.PixArt, self).extra_conds(**kwargs)
+        caption = kwargs.get("cross_attn")
+        if caption is not None:
+            self._check_caption(caption)
+            mask = kwargs.get("attention_mask")
+            full = mask is None
+            if full:
+                mask = torch.ones(caption.shape[:2], dtype=torch.int32, device=caption.device)
+            out["c_crossattn"] = CaptionCond(caption)
+            out["caption_mask"] = CaptionMaskCond(
+                mask.to(caption.device, torch.int32).reshape(caption.shape[0], -1), full)
+        if self.pixart_config.micro_conditioning:
+            height, width = kwargs["height"], kwargs["width"]
+            ratio = torch.tensor([[kwargs.get("aspect_ratio", height / width)]])
+            # int32, which the host leaves alone: bfloat16 would move the ratio
+            out["image_size"] = comfy.conds.CONDRegular(
+                torch.tensor([[height, width]], dtype=torch.int32))
+            out["aspect_ratio"] = comfy.conds.CONDRegular(ratio.float().view(torch.int32))
+        return out
+
+    def _check_caption(self, caption: Tensor) -> None:
+        expected = self.pixart_config.caption_channels
+        if caption.shape[-1] != expected:
+            raise ValueError(
+                f"the text conditioning is {caption.shape[-1]} wide, this PixArt model was "
+                f"trained on {expected}: load the T5 that belongs to it with PixArt T5 Loader "
+                "(T5 v1.1 XXL for every released PixArt)")
+
+
+class _BuildsOurs:
+    def get_model(self, state_dict: dict[str, Tensor], prefix: str = "",
+                  device: Any = None) -> PixArtModel:
+        return PixArtModel(self, device=device).eval()
+
+
+class AlphaConfig(_BuildsOurs, comfy.supported_models.PixArtAlpha):
+    """PixArt-alpha and delta: latents of the SD 1.5 VAE."""
+
+    latent_format = comfy.latent_formats.SD15
+
+
+class SigmaConfig(_BuildsOurs, comfy.supported_models.PixArtSigma):
+    """PixArt-Sigma: latents of the SDXL VAE."""
+
+    latent_format = comfy.latent_formats.SDXL
+
+
+def model_config(config: PixArtConfig, null_caption: bool) -> Any:
+    """The host's model config for `config`: latent format, schedule and constructor arguments."""
+    kind = AlphaConfig if config.variant == "alpha" else SigmaConfig
+    return kind({
+        "image_model": f"pixart_{config.variant}",
+        # read by the host's LoRA key map
+        "depth": config.depth, "hidden_size": config.hidden_size,
+        "in_channels": config.in_channels,
+        "pixart_config": config, "null_caption": null_caption,
+    })
+
+
+def load_model(path: str, dtype: torch.dtype | None = None, fields: dict[str, Any] | None = None,
+               disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL from any PixArt transformer file or folder.
+
+    `dtype` None lets the host choose for its device and the file; `fields` override what is
+    detected. Raises CheckpointError or ValueError that says what the file holds instead.
+    """
+    state_dict, config = open_transformer(path, **(fields or {}))
+    return model_from_state_dict(state_dict, config, dtype, disable_dynamic,
+                                 (load_model, (path, dtype, fields)))
+
+
+def model_from_state_dict(state_dict: dict[str, Tensor], config: PixArtConfig,
+                          dtype: torch.dtype | None, disable_dynamic: bool,
+                          reload: tuple) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL from native tensors; `reload` is how the host may load it again by itself."""
+    management = comfy.model_management
+    parameters = comfy.utils.calculate_parameters(state_dict)
+    for name in state_dict:
+        if name.startswith(_FLOAT32) or name.endswith("scale_shift_table"):
+            state_dict[name] = state_dict[name].float()
+
+    load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    settings = model_config(config, "y_embedder.y_embedding" in state_dict)
+    supported = list(settings.supported_inference_dtypes)
+    if dtype is None:
+        dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported,
+                                      weight_dtype=comfy.utils.weight_dtype(state_dict))
+    settings.set_inference_dtype(
+        dtype, management.unet_manual_cast(dtype, load_device, supported))
+
+    model = settings.get_model(state_dict)
+    patcher = _patcher_class(disable_dynamic)(model, load_device=load_device,
+                                              offload_device=offload_device)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    if getattr(patcher, "is_dynamic", bool)():
+        model.load_model_weights(state_dict, "", assign=True)
+    else:
+        model.load_model_weights(state_dict, "")
+    patcher.cached_patcher_init = reload
+    logger.info("PixArt %s: %d blocks of width %d, %s, positions 0 to %g", config.variant,
+                config.depth, config.hidden_size, dtype, config.position_range)
+    return patcher
+
+
+def _patcher_class(disable_dynamic: bool) -> type[comfy.model_patcher.ModelPatcher]:
+    """CoreModelPatcher where the host has it: it may stand for dynamic memory management."""
+    plain = comfy.model_patcher.ModelPatcher
+    return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+
+
+def pixart_config(model: comfy.model_patcher.ModelPatcher) -> PixArtConfig | None:
+    """The config of a MODEL of ours, None for any other."""
+    return getattr(model.model, "pixart_config", None)
+
+
+def null_caption(model: comfy.model_patcher.ModelPatcher) -> Tensor:
+    """The learned null caption (max_tokens, caption_channels), float32 on the CPU.
+
+    Raises ValueError when the MODEL is no PixArt or its file had none.
+    """
+    embedder = getattr(model.model.diffusion_model, "y_embedder", None)
+    if embedder is None or not hasattr(embedder, "y_proj"):
+        raise ValueError(f"the model is a {type(model.model).__name__}, not a PixArt; wire the "
+                         "model from PixArt Model Loader")
+    states = embedder.y_embedding
+    if states is None:
+        raise ValueError("this PixArt file holds no null caption (diffusers files drop it); "
+                         "encode an empty prompt with PixArt Text Encode instead")
+    return states.detach().float().cpu()
+
+
+
+def check_transformer(path: str) -> None:
+    """Raise CheckpointError when `path` is no usable PixArt transformer; reads headers only."""
+    _check_once(path, fingerprint(path))
+
+
+@functools.lru_cache(maxsize=32)
+def _check_once(path: str, _fingerprint: str) -> None:
+    open_transformer(path, check_finite=False)

@@ -1,0 +1,148 @@
+"""Our transformer in the host's skin: its casting, attention, wrappers and patches apply."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ops
+import comfy.patcher_extension
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ...pixart_core.config import PixArtConfig
+from ...pixart_core.model.attention import AttentionFunction
+from ...pixart_core.model.transformer import BlockInputs, PixArtTransformer
+
+
+@dataclass(frozen=True)
+class HostInputs(BlockInputs):
+    """BlockInputs plus the host's `transformer_options` and the latent that came in."""
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    latent: Tensor | None = None
+
+
+def host_attention(options: dict[str, Any]) -> AttentionFunction:
+    """The host's attention back end, with its overrides, as an engine attention function."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return optimized_attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True,
+                                   skip_output_reshape=True, transformer_options=options)
+
+    return attend
+
+
+def host_operations(operations: Any) -> Any:
+    """The host's layers, plus its way to reach a raw parameter that may be elsewhere."""
+    return type("PixArtOperations", (operations,),
+                {"cast_parameter": staticmethod(comfy.ops.cast_to_input)})
+
+
+class HostTransformer(PixArtTransformer):
+    """PixArtTransformer behind the host's forward signature.
+
+    Honours the DIFFUSION_MODEL wrapper, `patches` "post_input" and "double_block",
+    `patches_replace["dit"]` of ("double_block", i), the block index and type in
+    `transformer_options`, and `optimized_attention_override`.
+    """
+
+    def __init__(self, pixart_config: PixArtConfig, null_caption: bool = True,
+                 dtype: torch.dtype | None = None, device: Any = None, operations: Any = None,
+                 **_: Any) -> None:
+        super().__init__(pixart_config, dtype=dtype, device=device,
+                         operations=host_operations(operations), null_caption=null_caption)
+        self.dtype = dtype
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The host has cast the activations already; weights follow them layer by layer."""
+        return x.dtype
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
+                control: Any = None, transformer_options: dict[str, Any] | None = None,
+                **extra: Any) -> Tensor:
+        """x (B, 4, H, W), timesteps (B,), context (B, L, D) -> (B, 4, H, W): epsilon.
+
+        `extra` is what PixArtModel.extra_conds made: `caption_mask` (B, L) int or None,
+        `image_size` (B, 2) int32 and `aspect_ratio` (B, 1), float32 as the bits of an int32.
+        """
+        options = transformer_options if transformer_options is not None else {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, control, options, **extra)
+
+    def _forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None, control: Any,
+                 transformer_options: dict[str, Any], caption_mask: Tensor | None = None,
+                 image_size: Tensor | None = None, aspect_ratio: Tensor | None = None,
+                 **_: Any) -> Tensor:
+        if control is not None:
+            raise ValueError("the ControlNet wired to this PixArt model was made for another kind "
+                             "of model and cannot steer it; take it out of the conditioning")
+        if context is None:
+            raise ValueError("this PixArt model got no text: wire a PixArt Text Encode or CLIP "
+                             "Text Encode node to the sampler")
+        options = {**transformer_options, "total_blocks": len(self.blocks),
+                   "block_type": "double"}
+        if aspect_ratio is not None:
+            aspect_ratio = aspect_ratio.view(torch.float32)
+        self._check_inputs(x, context, caption_mask, image_size, aspect_ratio)
+
+        tokens, grid = self.embed_latent(x)
+        t = self.embed_time(timesteps, image_size, aspect_ratio)
+        caption, mask = self.embed_caption(context, caption_mask, x.dtype)
+        for patch in options.get("patches", {}).get("post_input", ()):
+            out = patch({"img": tokens, "txt": caption, "transformer_options": options})
+            tokens, caption = out["img"], out["txt"]
+        inputs = HostInputs(self.shared_modulation(t), caption, mask, grid,
+                            host_attention(options), options, x)
+        tokens = self.run_blocks(tokens, inputs)
+        return self.to_latent(tokens, t, grid, x.shape[-2:])[:, : self.config.in_channels]
+
+    def embed_caption(self, caption: Tensor, caption_mask: Tensor | None,
+                      dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """As in the engine, but the mask is a bias: not every attention back end takes booleans."""
+        context, mask = super().embed_caption(caption, caption_mask, dtype)
+        if mask is not None:
+            # half of the lowest number: a score added to the lowest itself would overflow
+            low = torch.finfo(dtype).min / 2
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, low)
+        return context, mask
+
+    def run_blocks(self, tokens: Tensor, inputs: HostInputs, start: int = 0,
+                   stop: int | None = None) -> Tensor:
+        options = inputs.options
+        replacements = options.get("patches_replace", {}).get("dit", {})
+        patches = options.get("patches", {}).get("double_block", ())
+        for index in range(len(self.blocks))[start:stop]:
+            options["block_index"] = index
+            replace = replacements.get(("double_block", index))
+            if replace is None:
+                tokens = self.run_block(index, tokens, inputs)
+            else:
+                tokens, inputs = self._run_replaced(index, tokens, inputs, replace)
+            for patch in patches:
+                out = patch({"img": tokens, "txt": inputs.context, "x": inputs.latent,
+                             "block_index": index, "transformer_options": options})
+                tokens = out["img"]
+                inputs = dataclasses.replace(inputs, context=out["txt"])
+        return tokens
+
+    def _run_replaced(self, index: int, tokens: Tensor, inputs: HostInputs,
+                      replace: Any) -> tuple[Tensor, HostInputs]:
+        """Let a `patches_replace` function run the block, or not."""
+
+        def original_block(args: dict[str, Any]) -> dict[str, Any]:
+            options = args.get("transformer_options", inputs.options)
+            changed = dataclasses.replace(
+                inputs, t0=args["vec"], context=args["txt"], mask=args.get("attn_mask"),
+                attention=host_attention(options), options=options)
+            return {"img": self.run_block(index, args["img"], changed), "txt": args["txt"]}
+
+        out = replace({"img": tokens, "txt": inputs.context, "vec": inputs.t0, "pe": None,
+                       "attn_mask": inputs.mask, "transformer_options": inputs.options},
+                      {"original_block": original_block})
+        return out["img"], dataclasses.replace(inputs, context=out["txt"])

@@ -1,0 +1,116 @@
+"""MODEL and CLIP from files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..pixart_core.checkpoint import CheckpointError
+from .host import files
+from .host.clip import check_t5, load_clip
+from .host.model import check_transformer, load_model
+from .host.schema import CATEGORY, advanced, schema
+
+DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
+
+
+def _check(check: Any, key: str, name: str | None) -> bool | str:
+    """True, or why the file cannot be loaded, told before the workflow starts."""
+    if name is None:
+        return True
+    try:
+        check(files.full_path(key, name))
+    except (CheckpointError, ValueError) as error:
+        return str(error)
+    return True
+
+
+class PixArtLoader(io.ComfyNode):
+    """MODEL from any PixArt transformer file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PixArtLoader",
+            display_name="PixArt Model Loader",
+            category=f"{CATEGORY}/loaders",
+            description="Loads PixArt-alpha, PixArt-delta (LCM) and PixArt-Sigma: original .pth, "
+                        "safetensors and diffusers files and folders, with the right latent scale "
+                        "and size conditioning.",
+            search_aliases=["pixart", "pixart alpha", "pixart sigma", "pixart delta",
+                            "load diffusion model", "unet loader"],
+            inputs=[
+                io.Combo.Input("model_name", options=files.choices("diffusion_models"),
+                               tooltip="A PixArt transformer in models/diffusion_models."),
+                advanced(io.Combo.Input, "weight_dtype", options=list(DTYPES), default="auto",
+                         tooltip="auto lets ComfyUI choose for your card. float16 follows the "
+                                 "original more closely than bfloat16; float8 halves the memory."),
+                advanced(io.Combo.Input, "variant", options=["auto", "alpha", "sigma"],
+                         default="auto",
+                         tooltip="Only for diffusers files without a config.json, which cannot "
+                                 "tell alpha 256/512 from Sigma: choose the one it is. Wrong "
+                                 "colours are the sign of a wrong choice."),
+            ],
+            outputs=[io.Model.Output(display_name="model",
+                                     tooltip="Works with every stock node that takes a MODEL.")],
+        )
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype="auto", variant="auto") -> io.NodeOutput:
+        fields = {} if variant == "auto" else {"variant": variant}
+        path = files.full_path("diffusion_models", model_name)
+        return io.NodeOutput(load_model(path, DTYPES[weight_dtype], fields))
+
+    @classmethod
+    def validate_inputs(cls, model_name=None) -> bool | str:
+        return _check(check_transformer, "diffusion_models", model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, **_) -> str:
+        return files.fingerprint(files.full_path("diffusion_models", model_name))
+
+
+class PixArtT5Loader(io.ComfyNode):
+    """CLIP from any T5 encoder file or folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PixArtT5Loader",
+            display_name="PixArt T5 Loader",
+            category=f"{CATEGORY}/loaders",
+            description="Loads the T5 text encoder of PixArt (T5 v1.1 XXL; the same file SD3 and "
+                        "Flux use) or a smaller T5, from one file or a Hugging Face folder.",
+            search_aliases=["t5", "t5xxl", "text encoder", "clip loader"],
+            inputs=[
+                io.Combo.Input("t5_name", options=files.choices("text_encoders"),
+                               tooltip="A T5 encoder in models/text_encoders: fp16, bf16, fp8 or "
+                                       "scaled fp8."),
+                advanced(io.Combo.Input, "device", options=["default", "cpu"], default="default",
+                         tooltip="cpu keeps the text encoder out of the card's memory: slower "
+                                 "to encode, nothing to unload."),
+            ],
+            outputs=[io.Clip.Output(display_name="clip",
+                                    tooltip="For PixArt Text Encode or CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, t5_name, device="default") -> io.NodeOutput:
+        return io.NodeOutput(load_clip(files.full_path("text_encoders", t5_name), device))
+
+    @classmethod
+    def validate_inputs(cls, t5_name=None) -> bool | str:
+        return _check(check_t5, "text_encoders", t5_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, t5_name, **_) -> str:
+        return files.fingerprint(files.full_path("text_encoders", t5_name))
