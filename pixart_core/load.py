@@ -14,6 +14,7 @@ from torch import Tensor
 from .checkpoint.convert import convert_state_dict
 from .checkpoint.detect import detect_config
 from .checkpoint.identify import require_kind
+from .checkpoint.mapped import release_pages
 from .checkpoint.read import Checkpoint, CheckpointError, read_checkpoint, unwrap_state_dict
 from .config import PixArtConfig
 from .model.attention import AttentionFunction
@@ -39,19 +40,10 @@ def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
     missing, left over, of the wrong shape, or not finite (skipped with `check_finite=False`, and
     for 8-bit weights); ValueError where the config cannot be known.
     """
-    checkpoint, source = _read(path_or_state_dict)
-    require_kind(checkpoint.state_dict, ("pixart", "pixart-diffusers"), source)
-    try:
-        config = detect_config(checkpoint.state_dict, checkpoint.metadata,
-                               config=checkpoint.config,
-                               pipeline_class=checkpoint.pipeline_class, **fields)
-        state_dict = convert_state_dict(checkpoint.state_dict, to="native")
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    state_dict.pop("pos_embed", None)
-    check_weights(state_dict, _build(config, state_dict).state_dict(), source)
+    state_dict, config, _ = _open(path_or_state_dict, fields)
     if check_finite:
-        check_all_finite(state_dict, source)
+        for name, tensor in state_dict.items():
+            require_finite(name, tensor, _name_of(path_or_state_dict))
     return state_dict, config
 
 
@@ -59,16 +51,16 @@ def load_transformer(path_or_state_dict: Source, dtype: torch.dtype | None = Non
                      device: torch.device | str | None = None, operations: Any = None,
                      attention: AttentionFunction | None = None,
                      **fields: Any) -> PixArtTransformer:
-    """A PixArt transformer in eval mode, from any file `open_transformer` takes.
+    """A PixArt transformer in eval mode, from anything `open_transformer` takes; raises the same.
 
     `dtype` None keeps the file's own (bfloat16 for 8-bit float files). There is never a second
     copy of the weights: the module is built without memory and takes the tensors over, converted
     one by one where dtype or device differ.
     """
-    state_dict, config = open_transformer(path_or_state_dict, **fields)
+    state_dict, config, mapped = _open(path_or_state_dict, fields)
     dtype = dtype or main_dtype(state_dict)
     model = _build(config, state_dict, dtype, operations, attention)
-    assign_weights(model, state_dict, device)
+    assign_weights(model, state_dict, device, _name_of(path_or_state_dict), mapped=mapped)
     return model.eval()
 
 
@@ -105,28 +97,56 @@ def check_weights(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tenso
                               "tensors)")
 
 
-def check_all_finite(state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Raise CheckpointError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in state_dict.items():
-        if tensor.dtype not in _FLOATS or tensor.numel() == 0 or tensor.is_meta:
-            continue
-        # the extremes carry NaN and infinity along, without a mask the size of the tensor
-        if not torch.stack(tensor.aminmax()).isfinite().all():
-            raise CheckpointError(f"{source}: {name} holds NaN or infinite values; the file is "
-                                  "damaged, or the training that wrote it diverged")
+def require_finite(name: str, tensor: Tensor, source: str) -> None:
+    """Raise CheckpointError when a weight holds NaN or infinity; 8-bit ones are not looked at."""
+    if tensor.dtype not in _FLOATS or tensor.numel() == 0 or tensor.is_meta:
+        return
+    # the extremes carry NaN and infinity along, without a mask the size of the tensor
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        raise CheckpointError(f"{source}: {name} holds NaN or infinite values; the file is "
+                              "damaged, or the training that wrote it diverged")
 
 
 def assign_weights(model: torch.nn.Module, state_dict: dict[str, Tensor],
-                   device: torch.device | str | None) -> None:
+                   device: torch.device | str | None, source: str, *, mapped: bool) -> None:
     """Give `model`, built on the meta device, its weights; empties `state_dict` on the way.
 
-    Each tensor is brought to the dtype of the parameter it becomes (some are float32 in any model)
-    and let go before the next one.
+    Each tensor is checked, brought to the device and to the dtype of the parameter it becomes
+    (some are float32 in any model) and let go before the next one. `mapped` tensors that had to
+    be converted also leave memory, see `release_pages`.
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in model.state_dict().items():
-        weights[name] = state_dict.pop(name).to(device=device, dtype=parameter.dtype)
+        tensor = state_dict.pop(name)
+        require_finite(name, tensor, source)
+        weights[name] = tensor.to(device=device, dtype=parameter.dtype)
+        if mapped and weights[name] is not tensor:
+            release_pages([tensor])
     model.load_state_dict(weights, strict=True, assign=True)
+
+
+def _open(path_or_state_dict: Source, fields: Mapping[str, Any],
+          ) -> tuple[dict[str, Tensor], PixArtConfig, bool]:
+    """Native tensors, their config, and whether the tensors are mapped to a file."""
+    source = _name_of(path_or_state_dict)
+    if isinstance(path_or_state_dict, Mapping):
+        checkpoint = Checkpoint(Path(), unwrap_state_dict(path_or_state_dict, source))
+    else:
+        checkpoint = read_checkpoint(path_or_state_dict)
+    require_kind(checkpoint.state_dict, ("pixart", "pixart-diffusers"), source)
+    try:
+        config = detect_config(checkpoint.state_dict, checkpoint.metadata,
+                               config=checkpoint.config,
+                               pipeline_class=checkpoint.pipeline_class, **fields)
+        state_dict = convert_state_dict(checkpoint.state_dict, to="native")
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    state_dict.pop("pos_embed", None)
+    check_weights(state_dict, _build(config, state_dict).state_dict(), source)
+    if checkpoint.mapped:
+        kept = {tensor.data_ptr() for tensor in state_dict.values()}
+        release_pages(t for t in checkpoint.state_dict.values() if t.data_ptr() not in kept)
+    return state_dict, config, checkpoint.mapped
 
 
 def _build(config: PixArtConfig, state_dict: Mapping[str, Tensor],
@@ -136,9 +156,7 @@ def _build(config: PixArtConfig, state_dict: Mapping[str, Tensor],
                              attention=attention, null_caption=_NULL_CAPTION in state_dict)
 
 
-def _read(path_or_state_dict: Source) -> tuple[Checkpoint, str]:
+def _name_of(path_or_state_dict: Source) -> str:
     if isinstance(path_or_state_dict, Mapping):
-        source = "the state dict"
-        return Checkpoint(Path(), unwrap_state_dict(path_or_state_dict, source)), source
-    path = Path(path_or_state_dict)
-    return read_checkpoint(path), path.name
+        return "the state dict"
+    return Path(path_or_state_dict).name

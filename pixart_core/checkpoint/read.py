@@ -38,7 +38,7 @@ class Checkpoint:
 
     `metadata` is the safetensors header's `__metadata__`, `config` the config.json beside the file
     (both {} where there is none) and `pipeline_class` the `_class_name` of the diffusers pipeline
-    the folder belongs to.
+    the folder belongs to. `mapped` says that every tensor is backed by its file, not by memory.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     pipeline_class: str | None = None
+    mapped: bool = False
 
 
 def read_checkpoint(
@@ -81,39 +82,38 @@ def _read(path: Path, subfolder: str | None, prefer_ema: bool) -> Checkpoint:
     config = read_json_object(config_file) if config_file.is_file() else {}
     pipeline = read_json_object(pipeline_file) if pipeline_file.is_file() else {}
 
-    metadata: dict[str, str] = {}
-    if index is None:
-        tensors, metadata = _read_file(files[0], prefer_ema)
-    else:
-        tensors, metadata = _read_shards(index, prefer_ema)
-    state_dict = _strip_parallel(tensors)
+    found = _read_shards(index, prefer_ema) if index else _read_file(files[0], prefer_ema)
+    state_dict = _strip_parallel(found.state_dict)
     if not state_dict:
         raise CheckpointError(f"{path} holds no tensors")
     name = pipeline.get("_class_name")
-    return Checkpoint(path, state_dict, metadata, config, name if isinstance(name, str) else None)
+    pipeline_class = name if isinstance(name, str) else None
+    return Checkpoint(path, state_dict, found.metadata, config, pipeline_class, found.mapped)
 
 
-def _read_shards(index: Path, prefer_ema: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_shards(index: Path, prefer_ema: bool) -> Checkpoint:
     weight_map = read_index(index)
-    state_dict: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
+    whole = Checkpoint(index, {}, mapped=True)
     for shard in sorted(set(weight_map.values())):
         file = index.parent / shard
         if not file.is_file():
             raise CheckpointError(f"{index} needs the shard {shard}, which is not in its folder; "
                                   "download the missing file")
-        tensors, shard_metadata = _read_file(file, prefer_ema)
-        metadata.update(shard_metadata)
+        part = _read_file(file, prefer_ema)
+        tensors = part.state_dict
         missing = [k for k, where in weight_map.items() if where == shard and k not in tensors]
         if missing:
             raise CheckpointError(f"{index.name} says that {shard} holds {missing[0]!r} "
                                   f"({len(missing)} such names), but it does not; the index and "
                                   "the shards are not of one set")
-        state_dict.update((k, v) for k, v in tensors.items() if weight_map.get(k, shard) == shard)
-    return state_dict, metadata
+        whole.state_dict.update((k, v) for k, v in tensors.items()
+                                if weight_map.get(k, shard) == shard)
+        whole.metadata.update(part.metadata)
+        whole.mapped &= part.mapped
+    return whole
 
 
-def _read_file(path: Path, prefer_ema: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_file(path: Path, prefer_ema: bool) -> Checkpoint:
     suffix = path.suffix.lower()
     if suffix not in SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES:
         known = ", ".join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES)
@@ -128,23 +128,25 @@ def _read_file(path: Path, prefer_ema: bool) -> tuple[dict[str, Tensor], dict[st
         if foreign:
             raise CheckpointError(f"{path} is not a safetensors file: it is {foreign}")
         return _read_safetensors(path)
-    return unwrap_state_dict(_read_pickle(path, head, foreign), str(path), prefer_ema), {}
+    loaded = _read_pickle(path, head, foreign)
+    state_dict = unwrap_state_dict(loaded, str(path), prefer_ema)
+    return Checkpoint(path, state_dict, mapped=_is_zip(head))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path) -> Checkpoint:
     from safetensors import safe_open
 
     check_header(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Checkpoint(path, tensors, dict(file.metadata() or {}), mapped=True)
     except Exception as error:  # the parser names no closed set of errors
         raise CheckpointError(f"{path} is not a sound safetensors file: {error}") from error
 
 
 def _read_pickle(path: Path, head: bytes, foreign: str | None) -> Any:
-    is_zip = head.startswith(b"PK\x03\x04")
+    is_zip = _is_zip(head)
     if not is_zip and (not head.startswith(b"\x80") or tarfile.is_tarfile(path)):
         # tar archives are refused because weights_only did not guard them before torch 2.6
         raise CheckpointError(f"{path} is not a PyTorch file: it is {foreign or 'something else'}")
@@ -165,6 +167,10 @@ def _read_pickle(path: Path, head: bytes, foreign: str | None) -> Any:
         ) from error
     except Exception as error:  # damaged pickles fail with anything
         raise CheckpointError(f"{path} is cut short or damaged: {_first_line(error)}") from error
+
+
+def _is_zip(head: bytes) -> bool:
+    return head.startswith(b"PK\x03\x04")
 
 
 def _refused_name(reason: str) -> str:
