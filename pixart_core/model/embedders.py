@@ -60,10 +60,11 @@ class PatchEmbedder(nn.Module):
                                       stride=patch_size, **factory)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        bottom, right = (-x.shape[-2] % self.patch_size, -x.shape[-1] % self.patch_size)
+        grid = tuple((side + self.patch_size - 1) // self.patch_size for side in x.shape[-2:])
+        bottom, right = (n * self.patch_size - side
+                         for n, side in zip(grid, x.shape[-2:], strict=True))
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="replicate")
-        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         return rearrange(self.proj(x), "b c h w -> b (h w) c"), grid
 
 
