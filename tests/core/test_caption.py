@@ -38,7 +38,7 @@ CLEANED = {
     "by @someone — a “quoted” word": 'by - a "quoted" word',
     "a 漢字 cat 🎨": "a cat 🎨",
     "cat 1920x1080 photo.jpg, free shipping": "cat",
-    "itâ€™s a cat": "it's a cat",
+    "a â€œcat": 'a "cat',
     "one-two-three-four-five": "one two three four five",
     "red,blue.green": "red, blue. green",
     "https://a.b": "a. b",
