@@ -34,7 +34,7 @@ def sample_lcm(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]
     in `lcm_step`; the timestep is the one the model itself is told at each sigma.
     """
     extra_args = extra_args or {}
-    schedule = model.inner_model.model_sampling
+    schedule = model.inner_model.model_patcher.get_model_object("model_sampling")
     timesteps = [int(t) for t in schedule.timestep(sigmas[:-1]).round().tolist()]
     ones = x.new_ones([x.shape[0]])
     noise = sampling.step_noise(x.shape, extra_args.get("seed") or 0)
