@@ -1,0 +1,222 @@
+"""From a prompt to a picture, without a host: T5, transformer, sampler, VAE."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from .load import load_transformer
+from .model import PixArtTransformer
+from .sampling import add_noise, sample_lcm, step_noise
+from .sampling.dpm import sample_dpm
+from .settings import PIXELS_PER_LATENT, Settings
+from .vae import LATENT_CHANNELS, VAE, load_vae
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .text import T5TextEncoder
+
+logger = logging.getLogger(__name__)
+
+Callback = Callable[[int, int, Tensor], None]
+
+
+class Pipeline:
+    """The modules of one model family, each on the device it was put on.
+
+    Make one with `from_files`, or from modules that are loaded already.
+    """
+
+    def __init__(self, transformer: PixArtTransformer, encoder: T5TextEncoder, vae: VAE) -> None:
+        self.transformer = transformer
+        self.encoder = encoder
+        self.vae = vae
+
+    @classmethod
+    def from_files(
+        cls,
+        transformer: str | Path,
+        t5: str | Path | None = None,
+        vae: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **fields: Any,
+    ) -> Pipeline:
+        """Load transformer, T5 and VAE from files or folders; nothing is downloaded.
+
+        `t5` and `vae` may be left out when `transformer` is a diffusers pipeline folder that holds
+        them. `dtype` is what transformer and T5 compute in: float32 on the CPU and bfloat16
+        elsewhere unless given; the VAE is always float32, for SDXL's overflows in float16.
+        `device` is CUDA where there is one. `fields` override the model's config
+        (`num_heads=6`, `variant="alpha"`).
+
+        Raises CheckpointError (a ValueError) for files that cannot be used, ValueError for
+        missing ones, ImportError where diffusers is not installed.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        whole = (Path(transformer) / "model_index.json").is_file()
+        for name, path in (("t5", t5), ("vae", vae)):
+            if path is None and not whole:
+                raise ValueError(f"no {name} was given, and {Path(transformer).name} is not a "
+                                 "diffusers pipeline folder that could hold one")
+        from .text import T5TextEncoder
+
+        model = load_transformer(transformer, dtype=dtype, device=device, **fields)
+        autoencoder = load_vae(vae or transformer, model.config.variant, device=device)
+        encoder = T5TextEncoder.from_path(t5 or transformer, dtype=dtype, device=device)
+        if encoder.caption_channels != model.config.caption_channels:
+            raise ValueError(f"{Path(t5 or transformer).name} gives captions "
+                             f"{encoder.caption_channels} wide, {Path(transformer).name} reads "
+                             f"{model.config.caption_channels}; load the T5 that belongs to it")
+        return cls(model, encoder, autoencoder)
+
+    @property
+    def config(self):
+        """The transformer's PixArtConfig."""
+        return self.transformer.config
+
+    @overload
+    def generate(self, prompt: str, **settings: Any) -> Image: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **settings: Any) -> list[Image]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        sampler: str = "auto",
+        lcm_grid: str = "diffusers",
+        strength: float = 1.0,
+        image: Image | None = None,
+        clean_caption: bool = True,
+        max_tokens: int | None = None,
+        callback: Callback | None = None,
+    ) -> Image | list[Image]:
+        """Draw one picture per prompt: a PIL image for a string, a list for a list.
+
+        Size in pixels (multiples of 8), steps, guidance, sampler and token limit are the model's
+        own where not given: 20 steps of DPM-Solver++ ("dpm") at guidance 4.5, or 4 steps of LCM
+        ("lcm") without guidance for a consistency-distilled model. Guidance above 1 runs the
+        negative prompt (by default the empty one) beside the prompt, in one batch. `image` with
+        `strength` below 1 starts from a picture, cropped and resized to the size. The noise is
+        drawn on the CPU, so a seed gives the same picture as ComfyUI's KSampler with "dpmpp_2m"
+        and "simple". `callback(step, total, denoised latents)` follows every step, from 1.
+
+        Raises ValueError for settings that cannot be followed.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("no prompts were given; for the empty prompt pass [\"\"]")
+        requests = [
+            Settings(text, negative_prompt, height, width, steps, guidance, seed, sampler,
+                     lcm_grid, strength, clean_caption, max_tokens)
+            for text in prompts
+        ]
+        pictures = self.run(requests[0].resolve(self.config), prompts, image, callback)
+        return pictures[0] if isinstance(prompt, str) else pictures
+
+    @torch.inference_mode()
+    def run(self, settings: Settings, prompts: list[str] | None = None,
+            image: Image | None = None, callback: Callback | None = None) -> list[Image]:
+        """Draw resolved settings: one picture for each of `prompts` (or for settings.prompt)."""
+        if settings.strength < 1 and image is None:
+            raise ValueError(f"strength {settings.strength} needs an image to start from")
+        prompts = prompts or [settings.prompt]
+        timesteps = settings.timesteps()
+        x = self._start(settings, len(prompts), timesteps[0], image)
+        predict = self._predictor(settings, prompts)
+        total = len(timesteps)
+
+        def report(i: int, denoised: Tensor) -> None:
+            if callback is not None:
+                callback(i + 1, total, denoised)
+
+        if settings.sampler == "lcm":
+            latents = sample_lcm(predict, x, timesteps, step_noise(x.shape, settings.seed), report)
+        else:
+            latents = sample_dpm(predict, x, timesteps, report)
+        return _to_pictures(self.vae.decode(latents))
+
+    def _device(self) -> torch.device:
+        return self.transformer.x_embedder.proj.weight.device
+
+    def _start(self, settings: Settings, batch: int, t: int, image: Image | None) -> Tensor:
+        """Noise at the first timestep, float32 (B, 4, H/8, W/8); with the picture in it, if any."""
+        shape = (batch, LATENT_CHANNELS, settings.height // PIXELS_PER_LATENT,
+                 settings.width // PIXELS_PER_LATENT)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
+        noise = noise.to(self._device())
+        if image is None:
+            return noise
+        pixels = _to_pixels(image, settings.height, settings.width)
+        return add_noise(self.vae.encode(pixels).to(noise).expand(shape), noise, t)
+
+    def _encode(self, texts: list[str], settings: Settings) -> tuple[Tensor, Tensor | None]:
+        """Caption states (B, L, D), cut to the longest, and their mask if one is padded."""
+        if settings.clean_caption:
+            from .text import clean_caption
+
+            texts = [clean_caption(text) for text in texts]
+        states, mask = self.encoder(texts, max_tokens=settings.max_tokens)
+        longest = int(mask.sum(dim=1).max())
+        states, mask = states[:, :longest], mask[:, :longest].bool()
+        device = self._device()
+        return states.to(device), None if bool(mask.all()) else mask.to(device)
+
+    def _predictor(self, settings: Settings, prompts: list[str]) -> Callable[[Tensor, int], Tensor]:
+        """eps(x, t), guided where guidance is above 1 (classifier-free, arXiv 2207.12598)."""
+        guided = settings.guidance > 1
+        if settings.negative_prompt and not guided:
+            logger.warning("guidance is %g, so the negative prompt has no effect; it needs more "
+                           "than 1", settings.guidance)
+        negative = [settings.negative_prompt] * len(prompts) if guided else []
+        caption, mask = self._encode([*negative, *prompts], settings)
+        prepared = self.transformer.prepare_caption(caption, mask)
+        batch, device = len(caption), self._device()
+        size = torch.tensor([[settings.height, settings.width]], dtype=torch.float32,
+                            device=device).expand(batch, 2)
+        ratio = size[:, :1] / size[:, 1:]
+
+        def predict(x: Tensor, t: int) -> Tensor:
+            batched = torch.cat([x, x]) if guided else x
+            timestep = torch.full((batch,), t, device=device)
+            out = self.transformer(batched, timestep, prepared, image_size=size,
+                                   aspect_ratio=ratio)
+            eps = out[:, :LATENT_CHANNELS].float()
+            if not guided:
+                return eps
+            without, with_prompt = eps.chunk(2)
+            return without + settings.guidance * (with_prompt - without)
+
+        return predict
+
+
+def _to_pixels(image: Image, height: int, width: int) -> Tensor:
+    """A PIL image, centre-cropped and resized, as (1, 3, H, W) in 0..1."""
+    import numpy
+    from PIL import Image as PILImage
+    from PIL import ImageOps
+
+    if not isinstance(image, PILImage.Image):
+        raise ValueError(f"image is a {type(image).__name__}; a PIL image was expected")
+    fitted = ImageOps.fit(image.convert("RGB"), (width, height), PILImage.Resampling.LANCZOS)
+    return torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1)[None].float() / 255
+
+
+def _to_pictures(images: Tensor) -> list[Image]:
+    """(B, 3, H, W) in 0..1 -> PIL images, cut off to 8 bits as ComfyUI's SaveImage does."""
+    from PIL import Image as PILImage
+
+    pixels = (images * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [PILImage.fromarray(picture) for picture in pixels]
