@@ -98,7 +98,7 @@ def _variant(facts: Mapping[str, Any], table: Positions | None, beside: Mapping[
         return "alpha" if table.position_range == 16 else "sigma"
     for text in (pipeline_class, beside.get("_name_or_path")):
         words = text.lower() if isinstance(text, str) else ""
-        for variant in MAX_TOKENS:
+        for variant in ("sigma", "alpha"):  # Sigma's files stand under the owner PixArt-alpha
             if variant in words:
                 return variant
     if beside.get("use_additional_conditions") is True:

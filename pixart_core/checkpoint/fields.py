@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import KVCompression, PixArtConfig
+from ..config import VARIANTS, KVCompression, PixArtConfig
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(PixArtConfig)}
 
@@ -39,6 +39,8 @@ def _checked(name: str, value: Any, source: str) -> Any:
     elif isinstance(default, float):
         good, wanted = is_number and math.isfinite(value) and value > 0, "a number above 0"
         value = float(value) if good else value
+    elif name == "variant":
+        good, wanted = value in VARIANTS, " or ".join(VARIANTS)
     else:
         good, wanted = isinstance(value, str), "text"
     if not good:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
+_REFUSED = re.compile(r"unsupported (global|class)[^\n]{0,120}", re.IGNORECASE)
 _WRAPPERS = ("model", "module")
 _PARALLEL_PREFIXES = ("module.", "_orig_mod.")
 
@@ -150,37 +152,43 @@ def _read_pickle(path: Path, head: bytes, foreign: str | None) -> Any:
     if not is_zip and (not head.startswith(b"\x80") or tarfile.is_tarfile(path)):
         # tar archives are refused because weights_only did not guard them before torch 2.6
         raise CheckpointError(f"{path} is not a PyTorch file: it is {foreign or 'something else'}")
-    if is_zip and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is cut short or damaged (its zip directory is missing); "
-                              "download it again")
+    if is_zip:
+        _refuse_program(path)
     try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported" not in reason:
-            raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
-        raise CheckpointError(
-            f"{path} holds Python objects besides tensors and could run code when opened, so it "
-            "was not opened (weights_only=True). If you trust its source, convert it once: load "
-            "it with torch.load(path, weights_only=False) and save its state_dict with "
-            f"safetensors.torch.save_file. What was found: {_refused_name(reason)}"
-        ) from error
     except Exception as error:  # damaged pickles fail with anything
-        raise CheckpointError(f"{path} is cut short or damaged: {_first_line(error)}") from error
+        found = _REFUSED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if found is None:
+            raise CheckpointError(f"{path} is cut short or damaged: {_gist(error)}") from error
+        raise CheckpointError(
+            f"{path} holds Python objects besides tensors ({found[0]}) and could run code when "
+            "opened, so it was not opened (weights_only=True). If you trust its source, convert it "
+            "once: load it with torch.load(path, weights_only=False) and save its state_dict with "
+            "safetensors.torch.save_file"
+        ) from error
+
+
+def _refuse_program(path: Path) -> None:
+    """TorchScript archives look like weights and hold a program, which torch.load would load."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception as error:  # zipfile raises more than BadZipFile for damaged directories
+        raise CheckpointError(f"{path} is cut short or damaged ({error}); download it "
+                              "again") from error
+    if is_program:
+        raise CheckpointError(f"{path} is a TorchScript program, not a dictionary of tensors")
 
 
 def _is_zip(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 
 
-def _refused_name(reason: str) -> str:
-    lines = (line.strip() for line in reason.splitlines())
-    return next((line for line in lines if "Unsupported" in line), "an unknown object")[:300]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300] if text else 'no details'}"
+def _gist(error: Exception) -> str:
+    """The one line of an error that says what went wrong; PyTorch wraps it in advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no details"]
+    line = next((li for li in lines if "WeightsUnpickler error" in li), lines[0])
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 def unwrap_state_dict(loaded: Any, source: str, prefer_ema: bool = False) -> dict[str, Tensor]:
