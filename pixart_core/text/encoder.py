@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.read import CheckpointError
-from .t5_file import EMBEDDING, T5Config, T5File, read_t5
+from .t5_file import EMBEDDING, T5Config, T5File, is_wo, read_t5
 from .tokenizer import CaptionTokenizer, TokenizedCaption
 
 if TYPE_CHECKING:
@@ -45,9 +45,11 @@ class T5TextEncoder:
         """Load a T5 encoder from a Hugging Face folder, a pipeline folder or a ComfyUI file.
 
         `dtype` is what it computes in: by default the dtype of the file, bfloat16 for float8
-        files. `tokenizer` is needed only where the weights bring none: a CaptionTokenizer, or the
-        path of a spiece.model, a tokenizer.json or a folder with one. `device` is the CPU unless
-        given. Raises CheckpointError for files (see `read_t5`) and ValueError for other dtypes.
+        files. With float16 the `wo` layers compute in float32, as they do in transformers.
+        `tokenizer` is needed only where the weights bring none: a CaptionTokenizer, or the path of
+        a spiece.model, a tokenizer.json or a folder with one. `device` is the CPU unless given.
+
+        Raises CheckpointError for files (see `read_t5`) and ValueError for other dtypes.
         """
         if dtype is not None and dtype not in COMPUTE_DTYPES:
             raise ValueError(f"dtype is {dtype}; T5 computes in "
@@ -135,7 +137,7 @@ def build_encoder(file: T5File) -> T5EncoderModel:
     weights = dict(file.state_dict)
     if file.dtype is torch.float16:
         # from_pretrained does this by itself, hand-loaded weights need it done: see read_t5
-        weights = {n: t.float() if n.endswith(".wo.weight") else t for n, t in weights.items()}
+        weights = {name: t.float() if is_wo(name) else t for name, t in weights.items()}
     weights["encoder.embed_tokens.weight"] = weights[EMBEDDING]
     model.load_state_dict(weights, strict=True, assign=True)
     # one module under both names, or moving to a device would make two of the embedding

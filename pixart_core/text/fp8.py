@@ -49,15 +49,12 @@ def split_side_tensors(
     return weights, scales
 
 
-def plain_weight(name: str, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype | None
-                 ) -> Tensor:
+def plain_weight(name: str, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`tensor` times `scale`, in `dtype`; the product is formed in float32 and rounded once.
 
-    Without `dtype` a weight that needs no work is handed back as it is, still mapped to its file,
-    and an 8-bit one becomes bfloat16, which holds every float8 number and the range of the scales.
+    A weight that needs no work is handed back as it is, still mapped to its file. Raises
+    CheckpointError unless the scale is one number, or one per row.
     """
-    if dtype is None:
-        dtype = torch.bfloat16 if tensor.dtype in FP8_DTYPES else tensor.dtype
     if scale is None:
         return tensor.to(dtype)
     rows = tensor.shape[0] if tensor.ndim else 1

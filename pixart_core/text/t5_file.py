@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.identify import explain
 from ..checkpoint.read import CheckpointError, read_checkpoint
-from .fp8 import plain_weight, split_side_tensors
+from .fp8 import FP8_DTYPES, plain_weight, split_side_tensors
 from .tokenizer import JSON_NAME, SPIECE_NAMES, CaptionTokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class T5Config:
 class T5File:
     """A T5 encoder as read: weights under Hugging Face's names, sizes, tokenizer if there is one.
 
-    `dtype` is that of the weights; with float16 the `wo` weights may be float32 (see `read_t5`).
+    `dtype` is that of the weights; with float16, `wo` weights may be float32 (see `read_t5`).
     """
 
     path: Path
@@ -92,9 +92,11 @@ class T5File:
 def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
     """Read a T5 encoder from a file, a Hugging Face folder or a diffusers pipeline folder.
 
-    Weights keep the dtype they are stored in, 8-bit ones become bfloat16, or all of them become
-    `dtype`, one tensor at a time. With `dtype` float16 the `wo` weights become float32 instead:
-    their products pass float16's largest number in T5 XXL, and transformers keeps them so as well.
+    All weights become `dtype`, one tensor at a time; by default that of the first query weight,
+    and bfloat16, which holds every float8 number and the range of the scales, for float8 files.
+    Weights that have it already stay mapped to the file. With float16, `wo` weights that are not
+    stored in float16 become float32: their products pass float16's largest number in T5 XXL, so
+    they are computed in float32, and should not be rounded on the way.
 
     Raises CheckpointError for unreadable files, other models (umT5, mT5 and CLIP are named),
     missing or misshapen weights, and weights that are not finite.
@@ -105,18 +107,22 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
     weights, scales = split_side_tensors(encoder)
     config = _read_config(weights, checkpoint.config, path)
     _check_shapes(weights, config, path)
+    if dtype is None:
+        stored = weights[_FIRST_QUERY].dtype
+        dtype = torch.bfloat16 if stored in FP8_DTYPES else stored
     for name, tensor in weights.items():
-        wide = dtype is torch.float16 and name.endswith(".wo.weight")
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, a quantisation that is not "
                                   "supported; use a 16-bit or float8 file")
+        wide = is_wo(name) and dtype is torch.float16 and tensor.dtype is not torch.float16
         tensor = plain_weight(name, tensor, scales.get(name), torch.float32 if wide else dtype)
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise CheckpointError(f"{path}: {name} holds numbers that are not finite (NaN or "
-                                  "infinite); the file is damaged, download it again")
+                                  f"infinite) in {dtype}; the file is damaged or made for "
+                                  "another dtype")
         weights[name] = tensor
     spiece, json_file = _find_tokenizer(checkpoint.state_dict, path)
-    return T5File(path, weights, config, weights[_FIRST_QUERY].dtype, spiece, json_file)
+    return T5File(path, weights, config, dtype, spiece, json_file)
 
 
 def _encoder_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -203,6 +209,11 @@ def _check_shapes(weights: Mapping[str, Tensor], config: T5Config, path: Path) -
         if tuple(weights[name].shape) != shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(weights[name].shape)}, "
                                   f"{shape} was expected")
+
+
+def is_wo(name: str) -> bool:
+    """Whether a weight is the last matrix of a feed-forward layer, which needs float32's range."""
+    return name.endswith(".wo.weight")
 
 
 def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
