@@ -46,6 +46,7 @@ class Pipeline:
         vae: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        tokenizer: str | Path | None = None,
         **fields: Any,
     ) -> Pipeline:
         """Load transformer, T5 and VAE from files or folders; nothing is downloaded.
@@ -53,7 +54,8 @@ class Pipeline:
         `t5` and `vae` may be left out when `transformer` is a diffusers pipeline folder that holds
         them. `dtype` is what transformer and T5 compute in: float32 on the CPU and bfloat16
         elsewhere unless given; the VAE is always float32, for SDXL's overflows in float16.
-        `device` is CUDA where there is one. `fields` override the model's config
+        `device` is CUDA where there is one. `tokenizer` (a spiece.model, a tokenizer.json or a
+        folder with one) is for T5 files that bring none. `fields` override the model's config
         (`num_heads=6`, `variant="alpha"`).
 
         Raises CheckpointError (a ValueError) for files that cannot be used, ValueError for
@@ -70,7 +72,8 @@ class Pipeline:
 
         model = load_transformer(transformer, dtype=dtype, device=device, **fields)
         autoencoder = load_vae(vae or transformer, model.config.variant, device=device)
-        encoder = T5TextEncoder.from_path(t5 or transformer, dtype=dtype, device=device)
+        encoder = T5TextEncoder.from_path(t5 or transformer, dtype=dtype, tokenizer=tokenizer,
+                                          device=device)
         if encoder.caption_channels != model.config.caption_channels:
             raise ValueError(f"{Path(t5 or transformer).name} gives captions "
                              f"{encoder.caption_channels} wide, {Path(transformer).name} reads "

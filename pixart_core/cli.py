@@ -1,0 +1,24 @@
+"""The `pixart` command; without its optional packages, the words that say how to get them."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["app"]
+
+try:
+    import rich  # noqa: F401
+    import typer  # noqa: F401
+except ModuleNotFoundError as error:
+    _missing = error.name
+
+    def app() -> None:
+        """Stand in for the command where typer or rich is missing."""
+        sys.stderr.write(f"pixart needs {_missing}, which is not installed: "
+                         "pip install 'pixart-delta[cli]'\n")
+        raise SystemExit(1)
+else:
+    from .commands import app
+
+if __name__ == "__main__":
+    app()

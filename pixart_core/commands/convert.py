@@ -1,0 +1,91 @@
+"""`pixart convert`: a PixArt transformer from any file to a safetensors file or folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from ..checkpoint import (
+    CheckpointError,
+    convert_state_dict,
+    detect_config,
+    read_checkpoint,
+    write_checkpoint,
+)
+from ..checkpoint.identify import require_kind
+from ..config import METADATA_KEY, PixArtConfig
+from ..export import write_diffusers_folder
+from ..load import open_transformer
+from .common import DTYPES, console, one_of, parse_fields, plain_errors
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(
+        metavar="IN", help="A .pth or .safetensors file, or a diffusers folder.")],
+    target: Annotated[Path, typer.Argument(
+        metavar="OUT", help="A .safetensors file, or a folder for diffusers.")],
+    to: Annotated[str | None, typer.Option(
+        help="Tensor names: native or diffusers. [native for a file, diffusers for a folder]",
+    )] = None,
+    dtype: Annotated[str, typer.Option(
+        help="auto (as it is), float32, bfloat16 or float16.")] = "auto",
+    ema: Annotated[bool, typer.Option(
+        "--ema", help="Take the averaged weights of a training file.")] = False,
+    fields: Annotated[list[str] | None, typer.Option(
+        "--set", help="A config field that the file does not tell, such as num_heads=6.")] = None,
+) -> None:
+    """Convert a PixArt transformer; its config is written into the result."""
+    with plain_errors():
+        if to is not None:
+            one_of("--to", to, ("native", "diffusers"))
+        one_of("--dtype", dtype, ("auto", *DTYPES))
+        folder = target.is_dir() or target.suffix == ""
+        if folder and to == "native":
+            raise typer.BadParameter("a folder is diffusers' form; for native names let OUT end "
+                                     "in .safetensors")
+        if target.exists() and target.resolve() == source.resolve():
+            raise typer.BadParameter("OUT is IN; write to another file")
+        weights, config = _open(source, ema, parse_fields(fields))
+        to = to or ("diffusers" if folder else "native")
+        tensors = _cast(convert_state_dict(weights, to=to), dtype)
+        if folder:
+            write_diffusers_folder(target, tensors, config)
+        else:
+            write_checkpoint(target, tensors, {METADATA_KEY: config.to_json(), "format": "pt"})
+        count = sum(t.numel() for t in tensors.values())
+        console.print(f"{target}  ({count:,} parameters, {to} names)", highlight=False,
+                      soft_wrap=True)
+
+
+def _open(source: Path, ema: bool, fields: dict[str, Any],
+          ) -> tuple[dict[str, Tensor], PixArtConfig]:
+    """Checked weights under native names, and their config."""
+    checkpoint = read_checkpoint(source, prefer_ema=ema)
+    require_kind(checkpoint.state_dict, ("pixart", "pixart-diffusers"), source.name)
+    if ema and not _has_ema(source):
+        raise CheckpointError(f"{source.name} has no averaged weights (state_dict_ema); leave out "
+                              "--ema")
+    config = detect_config(checkpoint.state_dict, checkpoint.metadata, config=checkpoint.config,
+                           pipeline_class=checkpoint.pipeline_class, **fields)
+    known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return open_transformer(checkpoint.state_dict, **known)
+
+
+def _has_ema(source: Path) -> bool:
+    if source.is_dir() or source.suffix == ".safetensors":
+        return False
+    loaded = torch.load(source, map_location="meta", weights_only=True)
+    return isinstance(loaded, dict) and "state_dict_ema" in loaded
+
+
+def _cast(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    if dtype == "auto":
+        return tensors
+    wanted = DTYPES[dtype]
+    return {name: tensor.to(wanted) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()}

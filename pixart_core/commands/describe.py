@@ -1,0 +1,197 @@
+"""The rows of `pixart inspect`: one function per kind of model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoint import Checkpoint, detect_config, identify, read_checkpoint
+from ..checkpoint.convert import layout_of, strip_prefix
+from ..checkpoint.identify import KINDS, UNKNOWN
+from ..checkpoint.shapes import facts_from_shapes
+from ..config import METADATA_KEY, PRESETS, PixArtConfig, fields_from_metadata
+
+_LIMIT = 300
+
+
+class Row(NamedTuple):
+    name: str
+    value: str
+    source: str = ""
+
+
+def describe(path: Path, fields: dict[str, Any]) -> list[Row]:
+    """What a file or folder holds, as rows; `fields` are config fields the caller knows.
+
+    Raises CheckpointError for files that cannot be read, ValueError for fields that do not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    kind = identify(checkpoint.state_dict)
+    known = next((k for k in KINDS if k.name == kind), UNKNOWN)
+    rows = [Row("kind", known.description, "tensor names"), *_sizes(checkpoint)]
+    detail: Callable[[Checkpoint], list[Row]] | None = _DETAILS.get(kind)
+    if kind in ("pixart", "pixart-diffusers"):
+        rows += _transformer(checkpoint, fields)
+    elif fields:
+        raise ValueError(f"--set is for PixArt transformers; {path.name} is {known.description}")
+    elif detail is not None:
+        rows += detail(checkpoint)
+    rows += [Row(f"metadata {name}", _shorten(value), "file header")
+             for name, value in sorted(checkpoint.metadata.items()) if name != METADATA_KEY]
+    return [*rows, Row("use", known.advice)]
+
+
+def _sizes(checkpoint: Checkpoint) -> list[Row]:
+    tensors = checkpoint.state_dict.values()
+    values = Counter()
+    for tensor in tensors:
+        values[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    dtypes = ", ".join(f"{dtype}" if len(values) == 1 else f"{dtype} ({count:,})"
+                       for dtype, count in values.most_common())
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    return [Row("parameters", f"{sum(values.values()):,} in {len(checkpoint.state_dict)} tensors"),
+            Row("dtype", dtypes), Row("size", f"{size / 2**20:,.1f} MiB")]
+
+
+def _transformer(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[Row]:
+    bare = strip_prefix(checkpoint.state_dict)
+    layout = "native (as released in .pth files)" if layout_of(bare) == "native" else "diffusers"
+    first = next(iter(bare))
+    prefix = next(n for n in checkpoint.state_dict if n.endswith(first)).removesuffix(first)
+    rows = [Row("layout", layout + (f", prefixed {prefix!r}" if prefix else ""), "tensor names")]
+    facts = facts_from_shapes(bare)
+    with _notes() as notes:
+        try:
+            config = detect_config(checkpoint.state_dict, checkpoint.metadata,
+                                   config=checkpoint.config,
+                                   pipeline_class=checkpoint.pipeline_class, **fields)
+        except ValueError as error:
+            if set(fields) or "attention heads" not in str(error):
+                raise
+            return [*rows, *(Row(n, str(v), "shapes") for n, v in facts.items()),
+                    Row("num_heads", "unknown", str(error))]
+    rows.append(Row("released as", _preset(config), "its config"))
+    stored = fields_from_metadata(checkpoint.metadata)
+    for name, value in dataclasses.asdict(config).items():
+        rows.append(Row(name, _value(value), _source(name, facts, fields, stored, checkpoint)))
+    return [*rows, Row("position range", f"0 to {config.position_range:g}",
+                       "base_size / pe_interpolation"),
+            Row("latent scale", f"{config.latent_scale:g}", "variant"),
+            *(Row("note", note, "detection") for note in notes)]
+
+
+def _preset(config: PixArtConfig) -> str:
+    return next((name for name, preset in PRESETS.items() if preset == config),
+                "none of the released models")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def _source(name: str, facts: dict[str, Any], given: dict[str, Any], stored: dict[str, Any],
+            checkpoint: Checkpoint) -> str:
+    if name in facts:
+        return "shapes"
+    if name in given:
+        return "--set"
+    if name in stored:
+        return f"metadata {METADATA_KEY}"
+    if name == "num_heads":
+        heads = {"num_attention_heads", "attention_head_dim"} & checkpoint.config.keys()
+        return "config.json" if heads else "width 1152 has 16"
+    if name in ("image_size", "base_size", "pe_interpolation"):
+        if "pos_embed" in strip_prefix(checkpoint.state_dict):
+            return "stored position table"
+        return "config.json" if "sample_size" in checkpoint.config else "default"
+    if name == "variant":
+        return "shapes, position table or config.json"
+    return "variant" if name == "max_tokens" else "default"
+
+
+@contextmanager
+def _notes() -> Iterator[list[str]]:
+    """What detection logs while this is open."""
+    notes: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            notes.append(record.getMessage())
+
+    logger = logging.getLogger(detect_config.__module__)
+    keeper, level, propagate = Keeper(), logger.level, logger.propagate
+    logger.addHandler(keeper)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(keeper)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _t5(checkpoint: Checkpoint) -> list[Row]:
+    from ..text import read_t5
+
+    file = read_t5(checkpoint.path)
+    rows = [Row(name, _value(value), "shapes and config.json")
+            for name, value in dataclasses.asdict(file.config).items()]
+    where = "in the file or beside it" if file.spiece_model else (
+        file.tokenizer_json.name if file.tokenizer_json else "none; name one with --tokenizer")
+    return [*rows, Row("tokenizer", where)]
+
+
+def _vae(checkpoint: Checkpoint) -> list[Row]:
+    from ..vae_layout import kl_config, kl_state_dict
+
+    config = kl_config(kl_state_dict(checkpoint.state_dict))
+    rows = [Row(name, _value(config[name]), "shapes")
+            for name in ("latent_channels", "block_out_channels", "layers_per_block")]
+    scale = checkpoint.config.get("scaling_factor")
+    return [*rows, Row("scaling_factor", str(scale), "config.json")] if scale else rows
+
+
+def _tiny(checkpoint: Checkpoint) -> list[Row]:
+    tensors = checkpoint.state_dict
+    parts = [part for part in ("encoder", "decoder")
+             if any(name.startswith((f"taesd_{part}.", f"{part}.")) for name in tensors)]
+    rows = [Row("parts", " and ".join(parts) or "one half", "tensor names")]
+    return rows + [Row(name, f"{tensors[name].item():g}", "tensor")
+                   for name in ("vae_scale", "vae_shift") if name in tensors]
+
+
+def _lora(checkpoint: Checkpoint) -> list[Row]:
+    down = re.compile(r"(.*)\.(lora_A|lora_down)(\.[\w-]+)?\.weight$")
+    ranks = Counter(tensor.shape[0] for name, tensor in checkpoint.state_dict.items()
+                    if down.match(name))
+    text = ", ".join(f"{rank} ({count} layers)" for rank, count in ranks.most_common())
+    return [Row("rank", text or "no low-rank pairs", "shapes")]
+
+
+def _controlnet(checkpoint: Checkpoint) -> list[Row]:
+    block = re.compile(r"(?:.*\.)?controlnet(?:_blocks)?\.(\d+)\.")
+    copies = {int(match[1]) for name in checkpoint.state_dict if (match := block.match(name))}
+    whole = any(name.startswith("base_model.") for name in checkpoint.state_dict)
+    return [Row("copied blocks", str(len(copies)), "tensor names"),
+            Row("carries its base model", _value(whole), "tensor names")]
+
+
+_DETAILS: dict[str, Callable[[Checkpoint], list[Row]]] = {
+    "t5": _t5, "vae": _vae, "taesd": _tiny, "lora": _lora, "controlnet": _controlnet,
+    "controlnet-diffusers": _controlnet,
+}
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LIMIT else f"{text[:_LIMIT]}... ({len(text)} characters)"

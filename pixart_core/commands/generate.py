@@ -1,0 +1,178 @@
+"""`pixart generate`: a prompt to a PNG, or the same picture again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from .. import __version__
+from ..png import check_png_path, read_settings, write_png
+from ..settings import GRIDS, SAMPLERS, Settings
+from .common import DTYPES, console, errors, one_of, parse_fields, plain_errors
+from .sources import Sources, choose_files, compare_hashes, file_hashes
+
+_Flag = typer.Option
+_RECORDED = tuple(f.name for f in dataclasses.fields(Settings))
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(
+        help="What to draw. May be left out with --like.")] = None,
+    out: Annotated[Path | None, _Flag(
+        "-o", "--out", help="The PNG to write. By default the first free pixart_0001.png.")] = None,
+    model: Annotated[Path | None, _Flag(
+        help="Transformer: .safetensors, .pth, or a diffusers folder. By default the small "
+             "starter model that comes with this program.")] = None,
+    t5: Annotated[Path | None, _Flag("--t5", help="T5 text encoder: a file or a folder.")] = None,
+    tokenizer: Annotated[Path | None, _Flag(
+        help="T5's spiece.model or tokenizer.json, for T5 files that bring none.")] = None,
+    vae: Annotated[Path | None, _Flag(help="VAE: a file or a folder.")] = None,
+    lcm: Annotated[bool, _Flag(
+        "--lcm", help="Draw with the starter's few-step student.")] = False,
+    steps: Annotated[int | None, _Flag(help="Sampling steps. [20, or 4 with LCM]")] = None,
+    guidance: Annotated[float | None, _Flag(
+        help="How closely to follow the prompt; 1 is none. [4.5, or 1 with LCM]")] = None,
+    seed: Annotated[int | None, _Flag(help="Another seed, another picture. [0]")] = None,
+    width: Annotated[int | None, _Flag(
+        help="Pixels, a multiple of 8. [the model's training size]")] = None,
+    height: Annotated[int | None, _Flag(
+        help="Pixels, a multiple of 8. [the model's training size]")] = None,
+    sampler: Annotated[str | None, _Flag(
+        help="auto, dpm (DPM-Solver++ 2M) or lcm. [auto: what the model was made for]")] = None,
+    grid: Annotated[str | None, _Flag(
+        help="Timesteps of LCM: diffusers or official. [diffusers]")] = None,
+    negative: Annotated[str | None, _Flag(help="What to keep away from. [nothing]")] = None,
+    image: Annotated[Path | None, _Flag(help="A picture to start from.")] = None,
+    strength: Annotated[float | None, _Flag(
+        help="How much of --image is redrawn, above 0 and at most 1. [1]")] = None,
+    max_tokens: Annotated[int | None, _Flag(
+        help="Caption tokens to read. [the model's own limit]")] = None,
+    clean: Annotated[bool | None, _Flag(
+        "--clean/--no-clean", help="Clean the prompt as the training captions were. [clean]",
+        show_default=False)] = None,
+    device: Annotated[str, _Flag(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str | None, _Flag(
+        help="auto, float32, bfloat16 or float16. [auto: float32 on the CPU]")] = None,
+    like: Annotated[Path | None, _Flag(
+        help="Draw a picture of this program again; other options change what they name.")] = None,
+    ignore_hashes: Annotated[bool, _Flag(
+        "--ignore-hashes", help="With --like: accept other files than the picture's.")] = False,
+    fields: Annotated[list[str] | None, _Flag(
+        "--set", help="A config field of the model, such as num_heads=6. May be repeated.")] = None,
+) -> None:
+    """Draw a picture from a prompt.
+
+    Without --model it draws with the small starter model (64 px, one coloured shape on a coloured
+    background), so that it works right after installation.
+    """
+    with plain_errors():
+        if prompt is None and like is None:
+            raise typer.BadParameter("a prompt is needed (or --like PICTURE)")
+        one_of("--device", device, ("auto", "cpu", "cuda"))
+        if dtype is not None:
+            one_of("--dtype", dtype, ("auto", *DTYPES))
+        if sampler is not None:
+            one_of("--sampler", sampler, SAMPLERS)
+        if grid is not None:
+            one_of("--grid", grid, GRIDS)
+        if strength is not None and strength != 1 and image is None:
+            raise typer.BadParameter("--strength needs --image")
+        if ignore_hashes and like is None:
+            raise typer.BadParameter("--ignore-hashes needs --like")
+        recorded = read_settings(like) if like else {}
+        given = {
+            "prompt": prompt, "negative_prompt": negative, "height": height, "width": width,
+            "steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler,
+            "lcm_grid": grid, "strength": strength, "clean_caption": clean,
+            "max_tokens": max_tokens,
+        }
+        settings = _settings(recorded, given)
+        if settings.strength < 1 and image is None:
+            raise typer.BadParameter("this picture was made from another one; pass it as --image")
+        target = check_png_path(out) if out else _free_name()
+        overrides = {**recorded.get("fields", {}), **parse_fields(fields)}
+        sources = choose_files(model, t5, tokenizer, vae, lcm, image, recorded)
+        hashes = file_hashes(sources)
+        if like and not ignore_hashes:
+            compare_hashes(hashes, recorded.get("files"), like)
+        place = _device(device, recorded.get("device"))
+        _draw(settings, sources, hashes, overrides, place, _dtype(dtype, recorded, place), target)
+
+
+def _settings(recorded: dict[str, Any], given: dict[str, Any]) -> Settings:
+    fields = {name: recorded[name] for name in _RECORDED if name in recorded}
+    fields.update((name, value) for name, value in given.items() if value is not None)
+    return Settings.from_dict(fields)
+
+
+def _free_name() -> Path:
+    number = 1
+    while (path := Path(f"pixart_{number:04d}.png")).exists():
+        number += 1
+    return path
+
+
+def _device(wanted: str, recorded: str | None) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ValueError("--device cuda: this PyTorch finds no CUDA device; use --device cpu")
+    if wanted == "auto" and recorded == "cuda" and not available:
+        errors.print("the picture was drawn with CUDA and is drawn on the CPU now: single pixels "
+                     "may differ", style="yellow")
+    if wanted == "auto":
+        wanted = recorded if recorded == "cpu" or (recorded == "cuda" and available) else ""
+    return torch.device(wanted or ("cuda" if available else "cpu"))
+
+
+def _dtype(wanted: str | None, recorded: dict[str, Any], device: torch.device) -> str:
+    name = wanted or recorded.get("dtype") or "auto"
+    if name == "auto":
+        return "float32" if device.type == "cpu" else "bfloat16"
+    return one_of("dtype", name, tuple(DTYPES))
+
+
+def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], overrides: dict[str, Any],
+          device: torch.device, dtype: str, target: Path) -> None:
+    from ..pipeline import Pipeline
+
+    if sources.starter:
+        console.print("no model named: drawing with the starter model, which knows one coloured "
+                      "shape on a coloured background at 64 px", style="dim", soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        pipeline = Pipeline.from_files(
+            transformer=sources.transformer, t5=sources.t5, vae=sources.vae,
+            tokenizer=sources.tokenizer, dtype=DTYPES[dtype], device=device, **overrides)
+        settings = settings.resolve(pipeline.config)
+        progress.update(task, description="drawing", total=len(settings.timesteps()))
+        picture = pipeline.run(
+            settings, image=sources.open_image(),
+            callback=lambda step, total, _: progress.update(task, completed=step))[0]
+    record = {**settings.as_dict(), "fields": overrides, "dtype": dtype, "device": device.type,
+              "files": hashes, "versions": _versions()}
+    write_png(target, picture, record)
+    how = "LCM" if settings.sampler == "lcm" else "DPM-Solver++"
+    console.print(f"{target}  ({settings.width} x {settings.height} px, {settings.steps} steps of "
+                  f"{how}, guidance {settings.guidance:g}, seed {settings.seed})",
+                  highlight=False, soft_wrap=True)
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+    import transformers
+
+    return {"pixart": __version__, "torch": torch.__version__,
+            "diffusers": diffusers.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,97 @@
+"""Which files a picture is drawn with, and whether they are the ones of another picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..checkpoint import sha256_file
+from ..starter import find_starter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Model files, and the picture to start from; `starter` where nobody named a model."""
+
+    transformer: Path
+    t5: Path | None
+    vae: Path | None
+    tokenizer: Path | None
+    image: Path | None
+    starter: bool = False
+
+    def open_image(self) -> Image | None:
+        """The picture to start from; ValueError when it cannot be read as one."""
+        if self.image is None:
+            return None
+        from PIL import Image
+
+        try:
+            with Image.open(self.image) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{self.image} cannot be read as a picture: {error}") from error
+
+
+def choose_files(model: Path | None, t5: Path | None, tokenizer: Path | None, vae: Path | None,
+                 lcm: bool, image: Path | None, recorded: dict[str, Any]) -> Sources:
+    """The files named, or the starter family's; `recorded` are the settings of --like.
+
+    Raises BadParameter for options that do not go together, ValueError for missing files.
+    """
+    for path in (model, t5, tokenizer, vae, image):
+        if path is not None and not path.exists():
+            raise ValueError(f"{path} does not exist")
+    if model is not None:
+        if lcm:
+            raise typer.BadParameter("--lcm is for the starter model; beside --model, choose the "
+                                     "sampler with --sampler lcm")
+        return Sources(model, t5, vae, tokenizer, image)
+    if t5 or vae or tokenizer:
+        raise typer.BadParameter("--t5, --vae and --tokenizer need --model")
+    starter = find_starter()
+    if starter is None:
+        raise ValueError("no --model was given and the starter models are not in this "
+                         "installation; name a transformer with --model, a T5 and a VAE")
+    drawn_with = recorded.get("files", {}).get("transformer", {}).get("name")
+    student = lcm or drawn_with == starter.lcm.name
+    return Sources(starter.lcm if student else starter.transformer, starter.t5, starter.vae,
+                   None, image, starter=True)
+
+
+def file_hashes(sources: Sources) -> dict[str, dict[str, str]]:
+    """Name and SHA-256 of every file or folder, as a picture keeps them; no paths."""
+    paths = {"transformer": sources.transformer, "t5": sources.t5, "vae": sources.vae,
+             "tokenizer": sources.tokenizer, "image": sources.image}
+    return {part: {"name": path.name, "sha256": sha256_file(path)}
+            for part, path in paths.items() if path is not None}
+
+
+def compare_hashes(now: dict[str, dict[str, str]], then: Any, picture: Path) -> None:
+    """Raise ValueError naming the first file that is not the one `picture` was drawn with."""
+    if not isinstance(then, dict) or not all(
+        isinstance(entry, dict) and {"name", "sha256"} <= entry.keys() for entry in then.values()
+    ):
+        raise ValueError(f"{picture.name} does not say which files it was drawn with; "
+                         "--ignore-hashes draws with what is there")
+    for part in sorted(now.keys() | then.keys()):
+        if part not in now:
+            raise ValueError(f"{picture.name} was drawn with the {part} {then[part]['name']}; name "
+                             f"it with --{_option(part)}, or pass --ignore-hashes")
+        if part not in then:
+            raise ValueError(f"{picture.name} was drawn without {now[part]['name']}; leave out "
+                             f"--{_option(part)}, or pass --ignore-hashes")
+        if now[part]["sha256"] != then[part]["sha256"]:
+            raise ValueError(f"{now[part]['name']} is not the {part} that {picture.name} was drawn "
+                             f"with ({then[part]['name']}, SHA-256 {then[part]['sha256'][:12]}...);"
+                             f" name that file with --{_option(part)}, or pass --ignore-hashes")
+
+
+def _option(part: str) -> str:
+    return "model" if part == "transformer" else part
