@@ -23,7 +23,7 @@ from client import Host
 MODEL_FOLDERS = ("checkpoints", "clip_vision", "configs", "controlnet", "diffusion_models",
                  "embeddings", "gligen", "hypernetworks", "loras", "photomaker", "style_models",
                  "text_encoders", "unet", "upscale_models", "vae", "vae_approx")
-OPTIONAL_FLAGS = ("--disable-api-nodes", "--dont-print-server", "--disable-cuda-graphs")
+OPTIONAL_FLAGS = ("--disable-api-nodes", "--disable-assets-autoscan", "--dont-print-server")
 LINUX = sys.platform == "linux"
 PR_SET_PDEATHSIG = 1
 HOW_TO_GET_ONE = ("set COMFYUI_PATH to a ComfyUI folder that has its virtual environment in .venv "
@@ -113,10 +113,11 @@ def running_host(installation: Installation, base: Path, packs: Mapping[str, Pat
 
 
 def log_tail(log: Path, lines: int = 60, start: int = 0) -> str:
-    """The last `lines` lines of a log from byte `start` on."""
+    """The last `lines` lines of a log from byte `start` on, without colours and caret lines."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(start)
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+        text = re.sub(r"\x1b\[[0-9;]*m", "", file.read().decode(errors="replace"))
+        return "\n".join([x for x in text.splitlines() if x.strip(" ^~") or not x][-lines:])
     return "(no log)"
 
 
@@ -136,8 +137,8 @@ def _environment() -> dict[str, str]:
     """This process's environment without its Python paths, and with every download forbidden."""
     env = {k: v for k, v in os.environ.items()
            if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    return env | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1",
-                  "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "NO_PROXY": "127.0.0.1"}
+    return env | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+                  "DO_NOT_TRACK": "1", "NO_PROXY": "127.0.0.1"}
 
 
 def _wait_until_up(host: Host, process: subprocess.Popen, installation: Installation, log: Path,

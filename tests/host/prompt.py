@@ -48,7 +48,8 @@ class NodeError:
 
     def __str__(self) -> str:
         where = f" in node {self.node} ({self.node_type})" if self.node else ""
-        return f"{self.kind}{where}: {self.type}: {self.message}\n{self.traceback}".rstrip()
+        lines = [line for line in self.traceback.splitlines() if line.strip(" ^~")]
+        return "\n".join([f"{self.kind}{where}: {self.type}: {self.message}", *lines[-12:]])
 
 
 @dataclass(frozen=True)

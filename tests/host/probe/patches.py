@@ -1,7 +1,5 @@
 """Patches of every kind that other packs put on a transformer; they count, record and may act."""
 
-import time
-
 import comfy.patcher_extension
 import torch
 
@@ -15,7 +13,8 @@ def describe(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return list(value.shape)
     if isinstance(value, dict):
-        return {str(k): describe(v) for k, v in value.items()}
+        return {str(k): "options" if k == "transformer_options" else describe(v)
+                for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [describe(v) for v in value]
     return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
@@ -76,12 +75,14 @@ def _block_count(network: torch.nn.Module) -> int:
 def _wrapper(record: dict):
     def wrapper(executor, *args, **kwargs):
         record["wrapper"] += 1
-        call = {"args": describe(args), "kwargs": sorted(kwargs), "start": time.monotonic()}
         options = next((a for a in (*args, *kwargs.values())
                         if isinstance(a, dict) and "cond_or_uncond" in a), {})
-        call["cond_or_uncond"] = list(options.get("cond_or_uncond", []))
-        call["transformer_options"] = sorted(map(str, options))
-        record["calls"].append(call)
+        record["calls"].append({
+            "args": ["options" if a is options else describe(a) for a in args],
+            "kwargs": describe(kwargs),
+            "cond_or_uncond": list(options.get("cond_or_uncond", [])),
+            "transformer_options": sorted(options),
+        })
         return executor(*args, **kwargs)
     return wrapper
 
