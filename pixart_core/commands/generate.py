@@ -151,7 +151,8 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
                       "shape on a coloured background at 64 px", style="dim", soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True,
+                  disable=not errors.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
         pipeline = Pipeline.from_files(
             transformer=sources.transformer, t5=sources.t5, vae=sources.vae,
