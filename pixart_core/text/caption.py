@@ -151,10 +151,19 @@ def clean_caption(text: str) -> str:
         raise TypeError(f"clean_caption takes a string, got {type(text).__name__}")
     _optional("bs4")
     _optional("ftfy")
+    text = mend_surrogates(text)
     for _ in range(PASSES):
         for step in STEPS:
             text = step.apply(text)
     return text
+
+
+def mend_surrogates(text: str) -> str:
+    """`text` with halves of a character that JSON split joined again, and lone halves as U+FFFD.
+
+    Neither the HTML parser nor the tokenizer takes a lone half, which has no UTF-8 form.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def simple_caption(text: str) -> str:

@@ -163,12 +163,12 @@ def _read_config(weights: Mapping[str, Tensor], said: Mapping[str, Any], path: P
                               f"{_EXPECTED}")
     buckets, heads = _shape(weights, _BIAS.format(0), path)
     inner, _ = _shape(weights, _FIRST_QUERY, path)
-    if heads == 0 or inner % heads:
+    if inner % heads:
         raise CheckpointError(f"{path}: {inner} query rows cannot be split into {heads} heads")
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in weights
     wi = "wi_0" if gated else "wi"
     d_ff, _ = _shape(weights, f"encoder.block.0.layer.1.DenseReluDense.{wi}.weight", path)
-    layers = 1 + max(int(m[1]) for name in weights if (m := _BLOCK.match(name)))
+    layers = len({m[1] for name in weights if (m := _BLOCK.match(name))})
     config = T5Config(d_model, inner // heads, d_ff, layers, heads, vocab_size, buckets,
                       gated=gated, activation="gelu_new" if gated else "relu")
     if said and said.get("d_model") != d_model:
@@ -238,7 +238,7 @@ def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 def _shape(weights: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, int]:
     if name not in weights:
         raise CheckpointError(f"{path} lacks {name}; the T5 encoder in it is incomplete")
-    if weights[name].ndim != 2:
+    if weights[name].ndim != 2 or weights[name].numel() == 0:
         raise CheckpointError(f"{path}: {name} has shape {tuple(weights[name].shape)}; a matrix "
                               "was expected")
     rows, columns = weights[name].shape

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.read import CheckpointError
+from .caption import mend_surrogates
 
 SPIECE_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 JSON_NAME = "tokenizer.json"
 EXTRA_IDS = 100
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,7 @@ class CaptionTokenizer:
         return TokenizedCaption([*ids[:room], self.eos_id], text[:cut], text[cut:], total)
 
     def _ids(self, text: str) -> list[int]:
-        # Half an emoji, as broken JSON can hold, has no UTF-8 form.
-        return list(self._tokens_of(_LONE_SURROGATE.sub("\ufffd", text)))
+        return list(self._tokens_of(mend_surrogates(text)))
 
     def _first_word_past(self, text: str, room: int) -> int:
         """Where the first word begins whose tokens go past `room`; T5's never span two words."""

@@ -83,6 +83,12 @@ def test_equals_the_official_cleaning_on_any_text(oracle):
     check()
 
 
+def test_half_an_emoji_is_cleaned_too():
+    """The web page can send one; the HTML parser cannot take it."""
+    assert clean_caption("cat &\ud83d x") == "cat \ufffd x"
+    assert clean_caption("cat &\ud83d\ude00") == "cat 😀"
+
+
 @pytest.mark.parametrize("prompt", CLEANED)
 def test_known_results(prompt):
     """Holds the recipe where diffusers is not installed."""

@@ -243,6 +243,15 @@ def test_unknown_and_misshapen_weights_are_named(weights, save):
         read_t5(save(weights | {wo: weights[wo].T}))
 
 
+def test_degenerate_files_are_refused(weights, save):
+    """A file made to hang or crash the reader: empty tensors, a block numbered a billion."""
+    with pytest.raises(ValueError, match="a matrix was expected"):
+        read_t5(save(weights | {BIAS.format(0): torch.zeros(32, 0)}))
+    far = {"encoder.block.999999999999.layer.0.layer_norm.weight": torch.ones(128)}
+    with pytest.raises(ValueError, match=r"lacks encoder\.block\.3\."):
+        read_t5(save(weights | far))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(weights, save, value):
     weights[QUERY][3, 5] = value

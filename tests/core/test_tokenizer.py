@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pixart_core.text.caption import mend_surrogates
 from pixart_core.text.tokenizer import CaptionTokenizer
 
 STARTER = Path(__file__).parents[2] / "starter"
@@ -164,6 +165,11 @@ def test_ten_thousand_words_and_emoji(starter):
 def test_broken_text_is_encoded(starter, prompt):
     caption = starter.encode(prompt, 99)
     assert caption.kept_text == prompt and caption.ids[-1] == 1
+
+
+def test_halves_of_a_character_are_joined():
+    assert mend_surrogates("a \ud83c\udfa8 b") == "a 🎨 b"
+    assert mend_surrogates("\ufeffa \ud83c b") == "\ufeffa \ufffd b"
 
 
 def test_wrong_arguments(starter):
