@@ -76,7 +76,7 @@ def host(installation, tmp_path_factory, request):
             yield started
     except HostStartError as reason:
         request.config.stash[_BROKEN] = True
-        pytest.fail(str(reason), pytrace=False)
+        raise pytest.fail.Exception(str(reason), pytrace=False) from None
 
 
 def _add_broken_packs(custom_nodes: Path) -> None:
