@@ -11,6 +11,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -140,9 +141,23 @@ def model_from_state_dict(state_dict: dict[str, Tensor], config: PixArtConfig,
     else:
         model.load_model_weights(state_dict, "")
     patcher.cached_patcher_init = reload
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, _patch_tables)
     logger.info("PixArt %s: %d blocks of width %d, %s, positions 0 to %g", config.variant,
                 config.depth, config.hidden_size, dtype, config.position_range)
     return patcher
+
+
+def _patch_tables(patcher: comfy.model_patcher.ModelPatcher, device_to: Any = None,
+                  *_: Any, **__: Any) -> None:
+    """Apply merges and LoRAs to the scale-shift tables, which the host leaves out.
+
+    It patches the parameters of modules without children; a table belongs to a whole block.
+    """
+    for key in patcher.patches:
+        if key.endswith("scale_shift_table"):
+            if key in patcher.backup:
+                comfy.utils.set_attr_param(patcher.model, key, patcher.backup[key].weight)
+            patcher.patch_weight_to_device(key, device_to=device_to)
 
 
 def _patcher_class(disable_dynamic: bool) -> type[comfy.model_patcher.ModelPatcher]:

@@ -41,8 +41,9 @@ class ScaleShift(nn.Module):
     def __init__(self, rows: int, hidden_size: int, operations: Any,
                  device: torch.device | str | None) -> None:
         super().__init__()
-        table = torch.randn(rows, hidden_size, dtype=torch.float32, device=device)
-        table = table / hidden_size**0.5
+        table = torch.empty(rows, hidden_size, dtype=torch.float32, device=device)
+        if not table.is_meta:  # drawing numbers there loads all of torch._dynamo
+            nn.init.normal_(table, std=hidden_size**-0.5)
         self.scale_shift_table = nn.Parameter(table)
         self._cast = getattr(operations, "cast_parameter", cast_parameter)
 
