@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .load import load_transformer
 from .model import PixArtTransformer
-from .sampling import add_noise, sample_lcm, step_noise
-from .sampling.dpm import sample_dpm
+from .sampling import add_noise, sample_dpm, sample_lcm, step_noise
 from .settings import PIXELS_PER_LATENT, Settings
 from .vae import LATENT_CHANNELS, VAE, load_vae
 

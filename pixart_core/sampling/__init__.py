@@ -1,5 +1,6 @@
 """Noise schedule and few-step samplers as pure functions."""
 
+from .dpm import sample_dpm
 from .lcm import (
     boundary_scalings,
     lcm_denoise,
@@ -29,6 +30,7 @@ __all__ = [
     "lcm_step",
     "lcm_timesteps",
     "noise_levels",
+    "sample_dpm",
     "sample_lcm",
     "sigmas",
     "step_noise",

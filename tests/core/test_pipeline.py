@@ -13,7 +13,6 @@ pytest.importorskip("diffusers")
 from pixart_core import sampling
 from pixart_core.config import PRESETS
 from pixart_core.pipeline import Pipeline
-from pixart_core.sampling.dpm import sample_dpm
 from pixart_core.settings import Settings
 from pixart_core.starter import find_starter
 
@@ -74,7 +73,7 @@ def test_dpm_is_the_hosts_2m(pipe):
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))
         predict = pipe._predictor(settings, [PROMPT])
         wanted = pipe.vae.decode(_k_diffusion_2m(predict, noise, timesteps))
-        ours = pipe.vae.decode(sample_dpm(predict, noise, timesteps))
+        ours = pipe.vae.decode(sampling.sample_dpm(predict, noise, timesteps))
     assert (ours - wanted).abs().max() < 1 / 255
     picture = _as_tensor(pipe.generate(PROMPT, guidance=3.0, seed=11))
     assert (picture - wanted[0]).abs().max() < 1.01 / 255
