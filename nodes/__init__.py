@@ -24,7 +24,9 @@ NODES: list[type[io.ComfyNode]] = [
 class PixArtExtension(ComfyExtension):
     """Hands the nodes to the host."""
 
-    async def on_load(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        # not in on_load: hosts before 0.14 never call it
         files.register_starter()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
