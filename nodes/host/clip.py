@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
@@ -19,11 +21,13 @@ from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 from server import PromptServer
 from torch import Tensor
 
-from ...pixart_core.text.t5_file import T5Config, T5File, read_t5
+from ...pixart_core.checkpoint.folder import neighbour_index
+from ...pixart_core.text.t5_file import T5Config, T5File, inspect_t5, read_t5
 from .files import fingerprint
 
 logger = logging.getLogger(__name__)
 
+XXL_WIDTH = 4096
 # The host's name for PixArt's text encoder, in token dicts and tokenizer options.
 NAME = "t5xxl"
 PAD, END = 0, 1
@@ -52,13 +56,14 @@ def load_clip(path: str, device: str = "default") -> comfy.sd.CLIP:
     options: dict[str, Any] = {}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    file = read_t5(path)
     embeddings = folder_paths.get_folder_paths("embeddings")
-    if file.config.d_model == 4096 and file.spiece_model is None:
-        return comfy.sd.load_text_encoder_state_dicts(
-            [file.state_dict], embedding_directory=embeddings,
-            clip_type=comfy.sd.CLIPType.PIXART, model_options=options)
-    return _build_clip(file, embeddings, options)
+    stock = {"embedding_directory": embeddings, "clip_type": comfy.sd.CLIPType.PIXART,
+             "model_options": options}
+    if inspect_t5(path).d_model != XXL_WIDTH:
+        return _build_clip(read_t5(path), embeddings, options)
+    if os.path.isfile(path) and neighbour_index(Path(path)) is None:
+        return comfy.sd.load_clip(ckpt_paths=[path], **stock)
+    return comfy.sd.load_text_encoder_state_dicts([read_t5(path).state_dict], **stock)
 
 
 def check_t5(path: str) -> None:
@@ -68,7 +73,9 @@ def check_t5(path: str) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _check_once(path: str, _fingerprint: str) -> None:
-    read_t5(path)
+    config = inspect_t5(path)
+    if config.d_model != XXL_WIDTH:
+        read_t5(path).tokenizer()  # the host brings that of the released size alone
 
 
 def encode(clip: comfy.sd.CLIP, text: str, limit: int,
@@ -79,7 +86,11 @@ def encode(clip: comfy.sd.CLIP, text: str, limit: int,
     if report.cut:
         logger.warning("prompt has %d tokens, %d are used; cut: %s", report.used, limit,
                        report.cut)
-    return clip.encode_from_tokens_scheduled(tokens, add_dict=extra), report
+    conditioning = clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
+    if not all(states.isfinite().all() for states, _ in conditioning):
+        raise ValueError("the text encoder gave values that are not finite: its file is damaged, "
+                         "or float16 overflowed; load another T5 file (bf16 or fp8)")
+    return conditioning, report
 
 
 def cut_tokens(clip: comfy.sd.CLIP, tokens: dict[str, list], limit: int,

@@ -90,7 +90,10 @@ def _split_dashed_words(text: str) -> str:
 
 
 def _repair_unicode(text: str) -> str:
-    return html.unescape(html.unescape(_optional("ftfy").fix_text(text)))
+    plain = text.replace("\n", " ")
+    if not (plain.isascii() and plain.isprintable()):  # ftfy changes nothing else
+        text = _optional("ftfy").fix_text(text)
+    return html.unescape(html.unescape(text))
 
 
 STEPS: tuple[Step, ...] = (
@@ -144,13 +147,11 @@ def clean_caption(text: str) -> str:
     (arXiv 2310.00426, appendix; diffusion/model/t5.py in the official code), except that markup
     which the HTML parser refuses, or thousands of tags without an end, are kept as text.
 
-    Raises TypeError if `text` is not a string and RuntimeError if ftfy or Beautiful Soup is not
-    installed.
+    Raises TypeError if `text` is not a string and RuntimeError if it needs ftfy (letters beyond
+    ASCII) or Beautiful Soup (HTML) and the package is not installed.
     """
     if not isinstance(text, str):
         raise TypeError(f"clean_caption takes a string, got {type(text).__name__}")
-    _optional("bs4")
-    _optional("ftfy")
     text = mend_surrogates(text)
     for _ in range(PASSES):
         for step in STEPS:
@@ -181,5 +182,5 @@ def _optional(module: str) -> ModuleType:
         raise RuntimeError(
             f"cleaning a caption as PixArt was trained needs the Python package {module!r}, which "
             "is not installed: run `pip install ftfy beautifulsoup4`, or leave the prompt as it "
-            "is with clean=False (simple_caption lower-cases and strips without any package)"
+            "is with clean_caption=False (simple_caption lower-cases and strips without a package)"
         ) from error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.identify import explain
-from ..checkpoint.read import CheckpointError, read_checkpoint
+from ..checkpoint.read import Checkpoint, CheckpointError, read_checkpoint
 from .fp8 import FP8_DTYPES, plain_weight, split_side_tensors
 from .tokenizer import JSON_NAME, SPIECE_NAMES, CaptionTokenizer
 
@@ -123,6 +123,24 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
         weights[name] = tensor
     spiece, json_file = _find_tokenizer(checkpoint.state_dict, path)
     return T5File(path, weights, config, dtype, spiece, json_file)
+
+
+def inspect_t5(path: str | Path) -> T5Config:
+    """The sizes of a T5 encoder from names and shapes alone: no weight is read.
+
+    Raises CheckpointError as `read_t5` does, but for weights that are not finite.
+    """
+    path = Path(path)
+    return _open(read_checkpoint(path, subfolder="text_encoder"), path)[2]
+
+
+def _open(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
+                                                       T5Config]:
+    """Encoder weights as stored, the scales of 8-bit ones, and the sizes, all checked."""
+    weights, scales = split_side_tensors(_encoder_tensors(checkpoint.state_dict, path))
+    config = _read_config(weights, checkpoint.config, path)
+    _check_shapes(weights, config, path)
+    return weights, scales, config
 
 
 def _encoder_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -111,8 +111,9 @@ def test_each_step_has_a_name_and_a_reason():
     assert all(step.why for step in STEPS)
 
 
-@pytest.mark.parametrize("missing", ["bs4", "ftfy"])
-def test_missing_package_names_what_to_install(monkeypatch, missing):
+@pytest.mark.parametrize(("missing", "text"), [("bs4", "a <b>cat</b>"), ("ftfy", "a caf\u00e9")])
+def test_missing_package_names_what_to_install(monkeypatch, missing, text):
+    """Plain prompts need neither; the others say what is wanted instead of coming out wrong."""
     real_import = builtins.__import__
 
     def refuse(name, *args, **kwargs):
@@ -122,8 +123,9 @@ def test_missing_package_names_what_to_install(monkeypatch, missing):
 
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(RuntimeError, match=r"pip install ftfy beautifulsoup4.*clean=False"):
-        clean_caption("a cat")
+    with pytest.raises(RuntimeError, match=r"pip install ftfy beautifulsoup4.*clean_caption=False"):
+        clean_caption(text)
+    assert clean_caption("A cat,\non a mat") == "a cat, on a mat"
     assert simple_caption("  A Cat ") == "a cat"
 
 
