@@ -103,17 +103,11 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, subfolder="text_encoder")
-    encoder = _encoder_tensors(checkpoint.state_dict, path)
-    weights, scales = split_side_tensors(encoder)
-    config = _read_config(weights, checkpoint.config, path)
-    _check_shapes(weights, config, path)
+    weights, scales, config = _open(checkpoint, path)
     if dtype is None:
         stored = weights[_FIRST_QUERY].dtype
         dtype = torch.bfloat16 if stored in FP8_DTYPES else stored
     for name, tensor in weights.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, a quantisation that is not "
-                                  "supported; use a 16-bit or float8 file")
         wide = is_wo(name) and dtype is torch.float16 and tensor.dtype is not torch.float16
         tensor = plain_weight(name, tensor, scales.get(name), torch.float32 if wide else dtype)
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
@@ -134,12 +128,17 @@ def inspect_t5(path: str | Path) -> T5Config:
     return _open(read_checkpoint(path, subfolder="text_encoder"), path)[2]
 
 
-def _open(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
-                                                       T5Config]:
+def _open(
+    checkpoint: Checkpoint, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], T5Config]:
     """Encoder weights as stored, the scales of 8-bit ones, and the sizes, all checked."""
     weights, scales = split_side_tensors(_encoder_tensors(checkpoint.state_dict, path))
     config = _read_config(weights, checkpoint.config, path)
     _check_shapes(weights, config, path)
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, a quantisation that is not "
+                                  "supported; use a 16-bit or float8 file")
     return weights, scales, config
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pixart_core.text.t5_file import T5Config, expected_shapes, read_t5
+from pixart_core.text.t5_file import T5Config, expected_shapes, inspect_t5, read_t5
 
 STARTER = Path(__file__).parents[2] / "starter"
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
@@ -257,6 +257,15 @@ def test_weights_that_are_not_finite_are_refused(weights, save, value):
     weights[QUERY][3, 5] = value
     with pytest.raises(ValueError, match=rf"{QUERY} holds numbers that are not finite"):
         read_t5(save(weights))
+
+
+def test_inspect_sees_sizes_and_faults_without_the_weights(weights, save):
+    """The host's loader asks for the sizes first; a NaN is met only when weights are read."""
+    assert inspect_t5(STARTER / "t5") == STARTER_CONFIG
+    weights[QUERY][0, 0] = float("nan")
+    assert inspect_t5(save(weights)) == STARTER_CONFIG
+    with pytest.raises(ValueError, match=r"is torch\.int8, a quantisation"):
+        inspect_t5(save(weights | {QUERY: weights[QUERY].to(torch.int8)}))
 
 
 def test_two_encoders_in_one_file(weights, save):
