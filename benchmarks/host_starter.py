@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ) as host:
         for folder, names in STARTER.items():
             for name in names:
-                host.add_model(folder, REPOSITORY / "starter" / f"{name}.safetensors")
+                host.add_model(folder, REPOSITORY / "starter" / folder / f"{name}.safetensors")
         for label, method in METHODS.items():
             images, seconds = sample(host, method, texts)
             mean = scores[label] = report(scenes, images)["all"]

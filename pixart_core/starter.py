@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-TRANSFORMER = "pixart_starter.safetensors"
-LCM = "pixart_starter_lcm.safetensors"
-T5 = "t5"
-T5_FILE = "t5_starter.safetensors"
-VAE = "vae_starter.safetensors"
+# in subfolders that are named as ComfyUI names its own
+TRANSFORMER = "diffusion_models/pixart_starter.safetensors"
+LCM = "diffusion_models/pixart_starter_lcm.safetensors"
+T5 = "text_encoders/t5"
+T5_FILE = "text_encoders/t5_starter.safetensors"
+VAE = "vae/vae_starter.safetensors"
 
 _PACKAGE = Path(__file__).resolve().parent
 _FOLDERS = (_PACKAGE.parent / "starter", _PACKAGE / "starter_weights")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from pixart_core.text import CaptionTokenizer, T5TextEncoder
 
 STARTER = Path(__file__).parents[2] / "starter"
-FILES = {"folder": STARTER / "t5", "single": STARTER / "t5_starter.safetensors"}
+ENCODERS = STARTER / "text_encoders"
+FILES = {"folder": ENCODERS / "t5", "single": ENCODERS / "t5_starter.safetensors"}
 PROMPTS = ["a small red circle on the left on a blue background", "", "yellow star 🎨"]
 
 
@@ -27,7 +28,7 @@ def encoder() -> T5TextEncoder:
 def reference():
     from transformers import T5EncoderModel
 
-    return T5EncoderModel.from_pretrained(STARTER / "t5").float().eval()
+    return T5EncoderModel.from_pretrained(ENCODERS / "t5").float().eval()
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ STARTER_CONFIG = T5Config(d_model=128, d_kv=32, d_ff=256, num_layers=3, num_head
 
 @pytest.fixture
 def weights() -> dict[str, torch.Tensor]:
-    return load_file(STARTER / "t5" / "model.safetensors")
+    return load_file(STARTER / "text_encoders" / "t5" / "model.safetensors")
 
 
 @pytest.fixture
@@ -39,10 +39,11 @@ def assert_same(state_dict, expected):
 
 
 def test_folder_and_single_file_are_the_same(weights):
-    folder, single = read_t5(STARTER / "t5"), read_t5(STARTER / "t5_starter.safetensors")
+    folder = read_t5(STARTER / "text_encoders" / "t5")
+    single = read_t5(STARTER / "text_encoders" / "t5_starter.safetensors")
     assert folder.config == single.config == STARTER_CONFIG
     assert folder.spiece_model == single.spiece_model
-    assert folder.spiece_model == (STARTER / "t5" / "spiece.model").read_bytes()
+    assert folder.spiece_model == (STARTER / "text_encoders" / "t5" / "spiece.model").read_bytes()
     assert folder.dtype == single.dtype == torch.float16
     for file in (folder, single):
         assert_same(file.state_dict, weights)
@@ -76,7 +77,7 @@ def test_sharded_bin_folder(weights, tmp_path):
 
 @pytest.mark.parametrize("inside", ["", "text_encoder"])
 def test_pipeline_folder_with_its_tokenizer_next_door(tmp_path, inside):
-    shutil.copytree(STARTER / "t5", tmp_path / "text_encoder")
+    shutil.copytree(STARTER / "text_encoders" / "t5", tmp_path / "text_encoder")
     (tmp_path / "tokenizer").mkdir()
     shutil.move(tmp_path / "text_encoder" / "spiece.model", tmp_path / "tokenizer")
     (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
@@ -87,7 +88,7 @@ def test_pipeline_folder_with_its_tokenizer_next_door(tmp_path, inside):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cast_to_one_dtype(weights, dtype):
-    file = read_t5(STARTER / "t5", dtype)
+    file = read_t5(STARTER / "text_encoders" / "t5", dtype)
     assert file.dtype == dtype
     assert_same(file.state_dict, {name: tensor.to(dtype) for name, tensor in weights.items()})
 
@@ -176,7 +177,7 @@ def test_quantisations_that_cannot_be_read_are_named(weights, save):
 
 
 def test_config_json_gives_only_what_shapes_do_not_tell(tmp_path):
-    shutil.copytree(STARTER / "t5", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(STARTER / "text_encoders" / "t5", tmp_path, dirs_exist_ok=True)
     said = {"d_model": 128, "num_heads": 99, "num_layers": 99, "feed_forward_proj": "gated-silu",
             "layer_norm_epsilon": 1e-5, "relative_attention_max_distance": 64}
     (tmp_path / "config.json").write_text(json.dumps(said))
@@ -261,7 +262,7 @@ def test_weights_that_are_not_finite_are_refused(weights, save, value):
 
 def test_inspect_sees_sizes_and_faults_without_the_weights(weights, save):
     """The host's loader asks for the sizes first; a NaN is met only when weights are read."""
-    assert inspect_t5(STARTER / "t5") == STARTER_CONFIG
+    assert inspect_t5(STARTER / "text_encoders" / "t5") == STARTER_CONFIG
     weights[QUERY][0, 0] = float("nan")
     assert inspect_t5(save(weights)) == STARTER_CONFIG
     with pytest.raises(ValueError, match=r"is torch\.int8, a quantisation"):

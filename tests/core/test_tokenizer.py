@@ -89,7 +89,7 @@ def tokenizer(spiece, oracle) -> CaptionTokenizer:
 
 @pytest.fixture(scope="module")
 def starter() -> CaptionTokenizer:
-    return CaptionTokenizer.from_path(STARTER / "t5")
+    return CaptionTokenizer.from_path(STARTER / "text_encoders" / "t5")
 
 
 def prompts(words: list[str], count: int) -> list[str]:

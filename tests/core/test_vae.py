@@ -115,7 +115,7 @@ def test_single_file_with_old_attention_names(kl, image, tmp_path):
 
 def test_starter_vae_restores_pictures():
     """Protects the starter's VAE: a flat colour survives, latents have about unit deviation."""
-    vae = load_vae(STARTER / "vae_starter.safetensors", "alpha")
+    vae = load_vae(STARTER / "vae" / "vae_starter.safetensors", "alpha")
     picture = torch.tensor([40, 70, 215])[None, :, None, None].expand(1, 3, 64, 64) / 255
     picture = picture.clone()
     picture[:, :, 16:48, 16:48] = torch.tensor([215, 35, 40])[:, None, None] / 255
@@ -126,24 +126,24 @@ def test_starter_vae_restores_pictures():
 
 def test_a_tiny_vae_without_a_scale_works_on_model_latents(image, tmp_path):
     """Protects plain TAESD files: no scale for either variant; with one, it is the VAE's."""
-    whole = load_file(STARTER / "vae_starter.safetensors")
+    whole = load_file(STARTER / "vae" / "vae_starter.safetensors")
     plain = {n: t for n, t in whole.items() if not n.startswith("vae_")}
     save_file(plain, str(tmp_path / "plain.safetensors"))
-    starter = load_vae(STARTER / "vae_starter.safetensors", "alpha").encode(image)
+    starter = load_vae(STARTER / "vae" / "vae_starter.safetensors", "alpha").encode(image)
     for variant in ("alpha", "sigma"):
         latents = load_vae(tmp_path / "plain.safetensors", variant).encode(image)
         assert torch.allclose(latents, starter, atol=1e-5)
-    sigma = load_vae(STARTER / "vae_starter.safetensors", "sigma").encode(image)
+    sigma = load_vae(STARTER / "vae" / "vae_starter.safetensors", "sigma").encode(image)
     assert torch.allclose(sigma, starter * 0.13025 / 0.18215, atol=1e-5)
 
 
 def test_scale_and_shift_follow_the_host(image, tmp_path):
     """Protects the shift: the decoder sees (latents / 0.18215 - shift) * scale, encode undoes."""
-    whole = load_file(STARTER / "vae_starter.safetensors")
+    whole = load_file(STARTER / "vae" / "vae_starter.safetensors")
     whole["vae_scale"], whole["vae_shift"] = torch.tensor(0.5), torch.tensor(0.3)
     save_file(whole, str(tmp_path / "shifted.safetensors"))
     vae = load_vae(tmp_path / "shifted.safetensors", "alpha")
-    starter = load_vae(STARTER / "vae_starter.safetensors", "alpha")
+    starter = load_vae(STARTER / "vae" / "vae_starter.safetensors", "alpha")
     raw = starter.encode(image)  # the network's own latents
     assert torch.allclose(vae.encode(image), (raw / 0.5 + 0.3) * 0.18215, atol=1e-5)
     assert torch.allclose(vae.decode(vae.encode(image)), starter.decode(raw), atol=1e-5)
@@ -151,11 +151,11 @@ def test_scale_and_shift_follow_the_host(image, tmp_path):
 
 def test_halves_in_two_files(image, tmp_path):
     """Protects the taesd_decoder / taesd_encoder pair, and a decoder alone for text-to-image."""
-    whole = load_file(STARTER / "vae_starter.safetensors")
+    whole = load_file(STARTER / "vae" / "vae_starter.safetensors")
     for half in ("encoder", "decoder"):
         tensors = {n.removeprefix(f"taesd_{half}."): t for n, t in whole.items() if half in n}
         save_file(tensors, str(tmp_path / f"taesd_{half}.safetensors"))
-    starter = load_vae(STARTER / "vae_starter.safetensors", "alpha")
+    starter = load_vae(STARTER / "vae" / "vae_starter.safetensors", "alpha")
     for half in ("encoder", "decoder"):
         pair = load_vae(tmp_path / f"taesd_{half}.safetensors", "alpha")
         assert torch.allclose(pair.encode(image), starter.encode(image), atol=1e-5)
@@ -179,10 +179,12 @@ def test_diffusers_tiny_folder(image, tmp_path):
     assert torch.allclose(load_vae(tmp_path / "taesd", "sigma").encode(image), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["pixart_starter.safetensors", "t5_starter.safetensors"])
+@pytest.mark.parametrize("name", ["diffusion_models/pixart_starter.safetensors",
+                                  "text_encoders/t5_starter.safetensors"])
 def test_other_models_are_named(name):
     """Protects users from a wall of key errors: the message says what the file is."""
-    with pytest.raises(CheckpointError, match=f"{name}.*(PixArt transformer|T5 text encoder)"):
+    what = f"{Path(name).name}.*(PixArt transformer|T5 text encoder)"
+    with pytest.raises(CheckpointError, match=what):
         load_vae(STARTER / name, "alpha")
 
 
@@ -201,7 +203,7 @@ def test_wrong_vaes_are_refused(kl, tmp_path):
         save_file({n: t.contiguous() for n, t in tensors.items()}, str(tmp_path / "x.safetensors"))
         with pytest.raises(CheckpointError, match=message):
             load_vae(tmp_path / "x.safetensors", "alpha")
-    tiny = {n: t for n, t in load_file(STARTER / "vae_starter.safetensors").items()}
+    tiny = {n: t for n, t in load_file(STARTER / "vae" / "vae_starter.safetensors").items()}
     tiny["taesd_decoder.1.weight"] = torch.zeros(64, 16, 3, 3)
     save_file(tiny, str(tmp_path / "x.safetensors"))
     with pytest.raises(CheckpointError, match="16 latent channels"):
@@ -220,7 +222,7 @@ def test_the_other_familys_vae_is_warned_about(kl, tmp_path, caplog):
 
 def test_tiling_is_close_to_the_whole(kl, tmp_path):
     """Protects tiled decoding: several tiles, the same picture but for the seams."""
-    vae = load_vae(STARTER / "vae_starter.safetensors", "alpha")
+    vae = load_vae(STARTER / "vae" / "vae_starter.safetensors", "alpha")
     torch.manual_seed(1)
     latents = torch.nn.functional.interpolate(torch.randn(1, 4, 6, 6), size=(96, 80),
                                               mode="bilinear")
@@ -233,8 +235,8 @@ def test_tiling_is_close_to_the_whole(kl, tmp_path):
 
 def test_sizes_that_do_not_divide_are_refused():
     """Protects encode from latents of another size than the picture's."""
-    vae = load_vae(STARTER / "vae_starter.safetensors", "alpha")
+    vae = load_vae(STARTER / "vae" / "vae_starter.safetensors", "alpha")
     with pytest.raises(ValueError, match="multiples of 8"):
         vae.encode(torch.zeros(1, 3, 60, 64))
     with pytest.raises(ValueError, match="beta"):
-        load_vae(STARTER / "vae_starter.safetensors", "beta")
+        load_vae(STARTER / "vae" / "vae_starter.safetensors", "beta")

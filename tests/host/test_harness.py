@@ -116,7 +116,7 @@ def test_tensors_go_in_and_out_of_a_graph_unchanged(host):
 
 
 def test_an_added_model_is_listed_loaded_counted_and_freed(host, repository):
-    source = repository / "starter" / "vae_starter.safetensors"
+    source = repository / "starter" / "vae" / "vae_starter.safetensors"
     name = host.add_model("vae", source, "harness.safetensors")
     assert name in host.object_info("VAELoader")["input"]["required"]["vae_name"][0]
     graph = Graph()
