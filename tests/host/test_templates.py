@@ -1,0 +1,154 @@
+"""The workflow templates: valid for the page, runnable as they are, and with the right picture."""
+
+import re
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from workflow import NOTES, inputs_of, load, to_api
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.scenes import COLORS, render  # noqa: E402
+from benchmarks.score import detect  # noqa: E402
+
+PACK = "ComfyUI-PixArt-Delta"
+FOLDER = REPOSITORY / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+LCM_PAIR = ("PixArt-delta LCM 4 steps", "PixArt-delta LCM custom sampling")
+INPUT_SCENE = {"two": False, "bg": "green",
+               "objs": [{"color": "yellow", "shape": "square", "r": 9.0, "cx": 16.0, "cy": 32.0}]}
+
+
+@pytest.fixture(scope="module")
+def object_info(host):
+    return host.object_info()
+
+
+@pytest.fixture(scope="module")
+def pictures(host):
+    """Name -> picture (3, H, W) in 0..1 of a template run through its API file, once each."""
+    example = (render([INPUT_SCENE], jitter=0.0)[0].permute(1, 2, 0) * 255).byte().numpy()
+    host.upload(Image.fromarray(example).resize((768, 768)), "example.png")
+    made = {}
+
+    def picture(name):
+        if name not in made:
+            [saved] = host.run(load(FOLDER / "api" / f"{name}.json")).images("SaveImage")
+            made[name] = torch.from_numpy(np.array(host.picture(saved).convert("RGB")))
+        return made[name].permute(2, 0, 1).float() / 255
+
+    return picture
+
+
+def prompted(name):
+    """Object colour and background colour in the positive prompt, which comes first."""
+    nodes = load(FOLDER / "api" / f"{name}.json").values()
+    text = next(n["inputs"]["text"] for n in nodes if n["class_type"] == "PixArtTextEncode")
+    found = re.findall("|".join(COLORS), text)
+    assert len(found) == 2, text
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_api_file_is_what_the_page_would_queue(name, object_info):
+    """Every node type exists, every widget value and wire has its place. Run
+    `python -m benchmarks.thumbnails` after changing a template."""
+    assert load(FOLDER / "api" / f"{name}.json") == to_api(load(FOLDER / f"{name}.json"),
+                                                           object_info)
+
+
+def test_no_api_file_or_thumbnail_is_without_its_template():
+    assert sorted(path.stem for path in (FOLDER / "api").iterdir()) == NAMES
+    assert sorted(path.stem for path in FOLDER.glob("*.jpg")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_graph_is_sound(name, object_info):
+    """Links agree with both their ends in place and type, and ids are unique."""
+    workflow = load(FOLDER / f"{name}.json")
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert len(nodes) == len(workflow["nodes"]) and max(nodes) == workflow["last_node_id"]
+    assert workflow["version"] == 0.4
+    ids = [link[0] for link in workflow["links"]]
+    assert len(set(ids)) == len(ids) and max(ids) == workflow["last_link_id"]
+    for number, source, out, target, slot, kind in workflow["links"]:
+        assert nodes[source]["outputs"][out]["type"] == kind
+        assert number in nodes[source]["outputs"][out]["links"]
+        assert nodes[target]["inputs"][slot] == {**nodes[target]["inputs"][slot],
+                                                 "type": kind, "link": number}
+    for node in nodes.values():
+        if node["type"] in NOTES:
+            continue
+        info = object_info[node["type"]]
+        assert [o["type"] for o in node["outputs"]] == info["output"]
+        known = {n: kind for n, kind, _ in inputs_of(info)}
+        assert all(known[slot["name"]] == slot["type"] for slot in node["inputs"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_do_not_overlap_and_lie_in_a_group(name):
+    workflow = load(FOLDER / f"{name}.json")
+    boxes = [(n["pos"][0], n["pos"][1] - 30, n["pos"][0] + n["size"][0],
+              n["pos"][1] + n["size"][1], n) for n in workflow["nodes"]]
+    for i, (left, top, right, bottom, node) in enumerate(boxes):
+        for other_left, other_top, other_right, other_bottom, other in boxes[i + 1:]:
+            assert (right <= other_left or other_right <= left or bottom <= other_top
+                    or other_bottom <= top), (node["type"], other["type"])
+        if node["type"] not in NOTES:
+            assert any(x <= left and y <= top and right <= x + w and bottom <= y + h
+                       for x, y, w, h in (g["bounding"] for g in workflow["groups"])), node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_runs_as_it_is_and_draws_the_prompt(name, pictures):
+    image = pictures(name)
+    assert image.shape == (3, 64, 64)
+    color, background = prompted(name)
+    seen = detect(image)
+    assert seen["bg"] == background
+    assert color in [o["color"] for o in seen["objs"]]
+
+
+def test_inpainting_keeps_what_the_mask_leaves_out(pictures):
+    """The left half, with the yellow square of the input, stays; the box is drawn anew."""
+    seen = detect(pictures("PixArt inpainting"))["objs"]
+    places = {o["color"]: o["cx"] < 32 for o in seen}
+    assert places == {"yellow": True, "red": False}
+
+
+def test_both_lcm_templates_make_one_picture(pictures):
+    """PixArtLCMSchedule with the custom sampling nodes is PixArtLCMSampler, as its note says."""
+    one, other = map(pictures, LCM_PAIR)
+    assert (one - other).abs().max() <= 1 / 255
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_host_lists_a_template_and_serves_its_files(name, host):
+    assert name in host.get("/workflow_templates")[PACK]
+    for suffix in (".json", ".jpg"):
+        status, body = host.request(f"/api/workflow_templates/{PACK}/{quote(name)}{suffix}")
+        assert status == 200 and body == (FOLDER / f"{name}{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thumbnail_is_small_and_square(name):
+    path = FOLDER / f"{name}.jpg"
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (400, 400))
+    assert path.stat().st_size < 30_000
+
+
+def test_help_pages_are_served(host, object_info):
+    """Under the address the page asks for, for each node of this pack."""
+    ours = [name for name, info in object_info.items()
+            if info.get("python_module") == f"custom_nodes.{PACK}"]
+    assert len(ours) >= 7
+    for node in ours:
+        status, body = host.request(f"/extensions/{PACK}/docs/{node}.md")
+        assert status == 200 and body.decode().startswith("# PixArt "), node
