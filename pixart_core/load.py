@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,15 @@ _NULL_CAPTION = "y_embedder.y_embedding"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+class OpenedTransformer(NamedTuple):
+    """Native tensors, the config they belong to, whether they are mapped to a file, its name."""
+
+    state_dict: dict[str, Tensor]
+    config: PixArtConfig
+    mapped: bool
+    source: str
+
+
 def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
                      **fields: Any) -> tuple[dict[str, Tensor], PixArtConfig]:
     """Tensors under native names, and the config they belong to.
@@ -40,11 +49,11 @@ def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
     missing, left over, of the wrong shape, or not finite (skipped with `check_finite=False`, and
     for 8-bit weights); ValueError where the config cannot be known.
     """
-    state_dict, config, _ = _open(path_or_state_dict, fields)
+    opened = read_transformer(path_or_state_dict, fields)
     if check_finite:
-        for name, tensor in state_dict.items():
-            require_finite(name, tensor, _name_of(path_or_state_dict))
-    return state_dict, config
+        for name, tensor in opened.state_dict.items():
+            require_finite(name, tensor, opened.source)
+    return opened.state_dict, opened.config
 
 
 def load_transformer(path_or_state_dict: Source, dtype: torch.dtype | None = None,
@@ -57,10 +66,10 @@ def load_transformer(path_or_state_dict: Source, dtype: torch.dtype | None = Non
     copy of the weights: the module is built without memory and takes the tensors over, converted
     one by one where dtype or device differ.
     """
-    state_dict, config, mapped = _open(path_or_state_dict, fields)
-    dtype = dtype or main_dtype(state_dict)
-    model = _build(config, state_dict, dtype, operations, attention)
-    assign_weights(model, state_dict, device, _name_of(path_or_state_dict), mapped=mapped)
+    opened = read_transformer(path_or_state_dict, fields)
+    dtype = dtype or main_dtype(opened.state_dict)
+    model = _build(opened.config, opened.state_dict, dtype, operations, attention)
+    assign_weights(model, opened, device)
     return model.eval()
 
 
@@ -107,31 +116,32 @@ def require_finite(name: str, tensor: Tensor, source: str) -> None:
                               "damaged, or the training that wrote it diverged")
 
 
-def assign_weights(model: torch.nn.Module, state_dict: dict[str, Tensor],
-                   device: torch.device | str | None, source: str, *, mapped: bool) -> None:
-    """Give `model`, built on the meta device, its weights; empties `state_dict` on the way.
+def assign_weights(model: torch.nn.Module, opened: OpenedTransformer,
+                   device: torch.device | str | None, *, copy: bool = False) -> None:
+    """Give `model`, whose own weights hold no memory yet, those of `opened`, which empties it.
 
     Each tensor is checked, brought to the device and to the dtype of the parameter it becomes
-    (some are float32 in any model) and let go before the next one. `mapped` tensors that had to
-    be converted also leave memory, see `release_pages`.
+    (some are float32 in any model) and let go before the next one. Mapped tensors that had to be
+    converted, or all of them with `copy`, also leave memory, see `release_pages`; the others
+    stay mapped to their file.
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in model.state_dict().items():
-        tensor = state_dict.pop(name)
-        require_finite(name, tensor, source)
-        weights[name] = tensor.to(device=device, dtype=parameter.dtype)
-        if mapped and weights[name] is not tensor:
+        tensor = opened.state_dict.pop(name)
+        require_finite(name, tensor, opened.source)
+        weights[name] = tensor.to(device=device, dtype=parameter.dtype, copy=copy)
+        if opened.mapped and weights[name] is not tensor:
             release_pages([tensor])
     model.load_state_dict(weights, strict=True, assign=True)
 
 
-def _open(path_or_state_dict: Source, fields: Mapping[str, Any],
-          ) -> tuple[dict[str, Tensor], PixArtConfig, bool]:
-    """Native tensors, their config, and whether the tensors are mapped to a file."""
-    source = _name_of(path_or_state_dict)
+def read_transformer(path_or_state_dict: Source, fields: Mapping[str, Any]) -> OpenedTransformer:
+    """What `open_transformer` takes, opened but not read: no weight has been looked at."""
+    source = "the state dict"
     if isinstance(path_or_state_dict, Mapping):
         checkpoint = Checkpoint(Path(), unwrap_state_dict(path_or_state_dict, source))
     else:
+        source = Path(path_or_state_dict).name
         checkpoint = read_checkpoint(path_or_state_dict)
     require_kind(checkpoint.state_dict, ("pixart", "pixart-diffusers"), source)
     try:
@@ -146,7 +156,7 @@ def _open(path_or_state_dict: Source, fields: Mapping[str, Any],
     if checkpoint.mapped:
         kept = {tensor.data_ptr() for tensor in state_dict.values()}
         release_pages(t for t in checkpoint.state_dict.values() if t.data_ptr() not in kept)
-    return state_dict, config, checkpoint.mapped
+    return OpenedTransformer(state_dict, config, checkpoint.mapped, source)
 
 
 def _build(config: PixArtConfig, state_dict: Mapping[str, Tensor],
@@ -155,8 +165,3 @@ def _build(config: PixArtConfig, state_dict: Mapping[str, Tensor],
     return PixArtTransformer(config, dtype=dtype, device="meta", operations=operations,
                              attention=attention, null_caption=_NULL_CAPTION in state_dict)
 
-
-def _name_of(path_or_state_dict: Source) -> str:
-    if isinstance(path_or_state_dict, Mapping):
-        return "the state dict"
-    return Path(path_or_state_dict).name

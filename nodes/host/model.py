@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from ...pixart_core.config import PixArtConfig
-from ...pixart_core.load import open_transformer
+from ...pixart_core.load import (
+    OpenedTransformer,
+    assign_weights,
+    read_transformer,
+    require_finite,
+)
 from .conds import CaptionCond, CaptionMaskCond
 from .files import fingerprint
 from .transformer import HostTransformer
 
 logger = logging.getLogger(__name__)
-
-# Kept in float32 in any model, see ScalarEmbedder and ScaleShift.
-_FLOAT32 = ("t_embedder.", "csize_embedder.", "ar_embedder.", "t_block.")
 
 
 class PixArtModel(comfy.model_base.PixArt):
@@ -107,27 +109,22 @@ def load_model(path: str, dtype: torch.dtype | None = None, fields: dict[str, An
     `dtype` None lets the host choose for its device and the file; `fields` override what is
     detected. Raises CheckpointError or ValueError that says what the file holds instead.
     """
-    state_dict, config = open_transformer(path, **(fields or {}))
-    return model_from_state_dict(state_dict, config, dtype, disable_dynamic,
-                                 (load_model, (path, dtype, fields)))
+    opened = read_transformer(path, fields or {})
+    return model_from(opened, dtype, disable_dynamic, (load_model, (path, dtype, fields)))
 
 
-def model_from_state_dict(state_dict: dict[str, Tensor], config: PixArtConfig,
-                          dtype: torch.dtype | None, disable_dynamic: bool,
-                          reload: tuple) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL from native tensors; `reload` is how the host may load it again by itself."""
+def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dynamic: bool,
+               reload: tuple) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL from an opened transformer; `reload` is how the host may load it by itself."""
     management = comfy.model_management
-    parameters = comfy.utils.calculate_parameters(state_dict)
-    for name in state_dict:
-        if name.startswith(_FLOAT32) or name.endswith("scale_shift_table"):
-            state_dict[name] = state_dict[name].float()
-
+    state_dict, config = opened.state_dict, opened.config
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     settings = model_config(config, "y_embedder.y_embedding" in state_dict)
     supported = list(settings.supported_inference_dtypes)
     if dtype is None:
-        dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported,
-                                      weight_dtype=comfy.utils.weight_dtype(state_dict))
+        dtype = management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state_dict),
+            supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(state_dict))
     settings.set_inference_dtype(
         dtype, management.unet_manual_cast(dtype, load_device, supported))
 
@@ -136,15 +133,25 @@ def model_from_state_dict(state_dict: dict[str, Tensor], config: PixArtConfig,
                                               offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
-    if getattr(patcher, "is_dynamic", bool)():
-        model.load_model_weights(state_dict, "", assign=True)
+    if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
+        _map_weights(model, opened)
     else:
-        model.load_model_weights(state_dict, "")
+        assign_weights(model.diffusion_model, opened, offload_device, copy=True)
     patcher.cached_patcher_init = reload
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, _patch_tables)
     logger.info("PixArt %s: %d blocks of width %d, %s, positions 0 to %g", config.variant,
                 config.depth, config.hidden_size, dtype, config.position_range)
     return patcher
+
+
+def _map_weights(model: PixArtModel, opened: OpenedTransformer) -> None:
+    """Leave the weights mapped to their file, which dynamic memory management pages from."""
+    for name, parameter in model.diffusion_model.state_dict().items():
+        tensor = opened.state_dict[name]
+        require_finite(name, tensor, opened.source)
+        if parameter.dtype == torch.float32:  # the time path, in any model
+            opened.state_dict[name] = tensor.float()
+    model.load_model_weights(opened.state_dict, "", assign=True)
 
 
 def _patch_tables(patcher: comfy.model_patcher.ModelPatcher, device_to: Any = None,
@@ -195,4 +202,4 @@ def check_transformer(path: str) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _check_once(path: str, _fingerprint: str) -> None:
-    open_transformer(path, check_finite=False)
+    read_transformer(path, {})

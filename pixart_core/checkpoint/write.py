@@ -37,7 +37,10 @@ def write_checkpoint(path: str | Path, state_dict: Mapping[str, Tensor],
         raise ValueError(f"metadata entry {wrong[0]!r} is not text; encode it as JSON first")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # save_file makes files that only their owner can read
         save_file(_separate(state_dict), str(temporary), metadata=dict(metadata) or None)
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

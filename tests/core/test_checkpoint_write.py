@@ -98,3 +98,12 @@ def test_fingerprint(tmp_path) -> None:
     assert sha256_file(folder) != first
     with pytest.raises(CheckpointError, match="nowhere"):
         sha256_file(tmp_path / "nowhere")
+
+
+def test_written_files_have_the_usual_mode(tmp_path):
+    """Protects shared model folders: a server under another account must be able to read them."""
+    plain = tmp_path / "plain"
+    plain.touch()
+    path = tmp_path / "weights.safetensors"
+    write_checkpoint(path, {"a": torch.zeros(2)}, {})
+    assert path.stat().st_mode == plain.stat().st_mode
