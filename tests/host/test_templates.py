@@ -55,12 +55,18 @@ def prompted(name):
     return found
 
 
+def without_titles(prompt):
+    """Titles of stock nodes differ between hosts, and mean nothing when a prompt runs."""
+    return {number: {key: node[key] for key in ("class_type", "inputs")}
+            for number, node in prompt.items()}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_api_file_is_what_the_page_would_queue(name, object_info):
     """Every node type exists, every widget value and wire has its place. Run
     `python -m benchmarks.thumbnails` after changing a template."""
-    assert load(FOLDER / "api" / f"{name}.json") == to_api(load(FOLDER / f"{name}.json"),
-                                                           object_info)
+    queued = to_api(load(FOLDER / f"{name}.json"), object_info)
+    assert without_titles(load(FOLDER / "api" / f"{name}.json")) == without_titles(queued)
 
 
 def test_no_api_file_or_thumbnail_is_without_its_template():
@@ -86,7 +92,8 @@ def test_the_graph_is_sound(name, object_info):
         if node["type"] in NOTES:
             continue
         info = object_info[node["type"]]
-        assert [o["type"] for o in node["outputs"]] == info["output"]
+        outputs = [slot["type"] for slot in node["outputs"]]
+        assert outputs == info["output"][:len(outputs)]  # newer hosts give SaveImage one
         known = {n: kind for n, kind, _ in inputs_of(info)}
         assert all(known[slot["name"]] == slot["type"] for slot in node["inputs"])
 
