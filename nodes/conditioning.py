@@ -28,6 +28,7 @@ class PixArtTextEncode(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="A T5 from PixArt T5 Loader or CLIPLoader "
                                               '(type "pixart").'),
                 io.String.Input("text", multiline=True, dynamic_prompts=True,
+                                placeholder="a prompt, or nothing for no negative",
                                 tooltip="The prompt. Long descriptions are welcome."),
                 io.Boolean.Input("clean_caption", default=True,
                                  tooltip="Lower-case the text and strip links, HTML and odd "
@@ -40,13 +41,13 @@ class PixArtTextEncode(io.ComfyNode):
                                tooltip="Connect it and the limit is that of the model."),
                 advanced(io.Int.Input, "width", default=0, min=0, max=MAX_SIDE, step=8,
                          tooltip="Width in pixels that alpha-1024 and delta are conditioned on; "
-                                 "0 takes it from the latent."),
+                                 "0 takes it from the latent. Other models ignore it."),
                 advanced(io.Int.Input, "height", default=0, min=0, max=MAX_SIDE, step=8,
                          tooltip="Height in pixels that alpha-1024 and delta are conditioned on; "
-                                 "0 takes it from the latent."),
+                                 "0 takes it from the latent. Other models ignore it."),
                 advanced(io.Float.Input, "aspect_ratio", default=0.0, min=0.0, max=16.0, step=0.01,
                          tooltip="Height over width that alpha-1024 and delta are conditioned on; "
-                                 "0 takes it from the size."),
+                                 "0 takes it from the size. Other models ignore it."),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning",
                                             tooltip="Positive or negative input of a sampler.")],

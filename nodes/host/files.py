@@ -23,8 +23,14 @@ def register_starter() -> None:
 
 
 def choices(key: str) -> list[str]:
-    """Names under a folder key: files as the host lists them, then folders that are one model."""
-    return [*folder_paths.get_filename_list(key), *_model_folders(key)]
+    """Names under a folder key: files as the host lists them, then folders that are one model.
+
+    The parts of such a folder are left out: the folder stands for them.
+    """
+    folders = _model_folders(key)
+    files = [name for name in folder_paths.get_filename_list(key)
+             if not Path(name).as_posix().startswith(tuple(folders))]
+    return [*files, *folders]
 
 
 def full_path(key: str, name: str) -> str:
