@@ -66,8 +66,8 @@ class PixArtLCMSampler(io.ComfyNode):
             sample_without_guidance(model, positive, latent, seed, lcm_sampler(), sigmas))
 
     @classmethod
-    def validate_inputs(cls, steps=None, strength=None, grid="diffusers") -> bool | str:
-        return check_schedule(steps, strength, grid)
+    def validate_inputs(cls, steps=None, strength=None) -> bool | str:
+        return check_schedule(steps, strength)
 
 
 class PixArtLCMSchedule(io.ComfyNode):
@@ -94,16 +94,19 @@ class PixArtLCMSchedule(io.ComfyNode):
         return io.NodeOutput(lcm_sampler(), lcm_sigmas(lcm_timesteps(steps, grid, strength)))
 
     @classmethod
-    def validate_inputs(cls, steps=None, strength=None, grid="diffusers") -> bool | str:
-        return check_schedule(steps, strength, grid)
+    def validate_inputs(cls, steps=None, strength=None) -> bool | str:
+        return check_schedule(steps, strength)
 
 
-def check_schedule(steps: int | None, strength: float | None, grid: str) -> bool | str:
-    """True, or why no schedule has these values; a value that comes by wire (None) waits."""
+def check_schedule(steps: int | None, strength: float | None) -> bool | str:
+    """True, or why no schedule has these values; a value that comes by wire (None) waits.
+
+    The grid is left to the host, which repeats the answer for every input that is asked for.
+    """
     if steps is None or strength is None:
         return True
     try:
-        lcm_timesteps(steps, grid, strength)
+        lcm_timesteps(steps, strength=strength)
     except ValueError as error:
         return str(error)
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import folder_paths
 
@@ -35,11 +35,10 @@ def choices(key: str) -> list[str]:
 
 def full_path(key: str, name: str) -> str:
     """The path of a name from `choices`. Raises ValueError when it is not there (any more)."""
-    path = folder_paths.get_full_path(key, name) if not name.endswith("/") else None
-    for root in folder_paths.get_folder_paths(key):
-        candidate = Path(root, name)
-        if path is None and name.endswith("/") and candidate.is_dir():
-            path = str(candidate)
+    if name.endswith("/"):
+        path = _folder_path(key, PurePath(name))
+    else:
+        path = folder_paths.get_full_path(key, name)
     if path is None:
         raise ValueError(f"{name} is not in the {key} folders "
                          f"({', '.join(folder_paths.get_folder_paths(key))}); "
@@ -51,6 +50,14 @@ def fingerprint(path: str) -> str:
     """Changes when the file, or a file of the folder, does."""
     paths = sorted(Path(path).glob("*")) if os.path.isdir(path) else [Path(path)]
     return "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in paths)
+
+
+def _folder_path(key: str, name: PurePath) -> str | None:
+    """The first folder of that name; None for a name that leads out of the model folders."""
+    if name.anchor or ".." in name.parts:
+        return None
+    candidates = (Path(root, name) for root in folder_paths.get_folder_paths(key))
+    return next((str(path) for path in candidates if path.is_dir()), None)
 
 
 def _model_folders(key: str) -> list[str]:
