@@ -65,7 +65,10 @@ class PatchEmbedder(nn.Module):
                          for n, side in zip(grid, x.shape[-2:], strict=True))
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="replicate")
-        return rearrange(self.proj(x), "b c h w -> b (h w) c"), grid
+        tokens = rearrange(self.proj(x), "b c h w -> b (h w) c")
+        # the convolution leaves channels outermost, every sum after it would keep that order, and
+        # each LayerNorm of each block would copy the tokens to change it
+        return tokens.contiguous(), grid
 
 
 class ScalarEmbedder(nn.Module):

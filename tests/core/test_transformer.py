@@ -167,3 +167,9 @@ def test_presets_build(name):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     expected = {42: 908.5, 28: 611.3 if config.micro_conditioning else 610.9}[config.depth]
     assert millions == pytest.approx(expected, abs=0.6)
+
+
+def test_tokens_are_contiguous_from_the_start():
+    """Sums keep the order of their first term: else every LayerNorm of every block copies."""
+    tokens, _ = build().embed_latent(inputs()[0])
+    assert tokens.is_contiguous()
