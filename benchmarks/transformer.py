@@ -36,19 +36,23 @@ def main(argv: Sequence[str] | None = None) -> str:
     if len(depths) != len(options.sizes):
         raise SystemExit(f"{len(depths)} depths for {len(options.sizes)} sizes; pass one, or one "
                          "for each size")
-    base = pc.PRESETS["sigma-1024"].replace(**options.config)
+    base = pc.PRESETS["sigma-1024"]
     comfyui = import_comfyui(options.comfyui)
     others = {} if isinstance(comfyui, str) else {"ComfyUI": comfyui.version}
-    sections = [f"Machine: {machine(device)}; {versions(**others)}.\n",
-                f"Command: `{command()}`\n"]
+    sections: list[str] = []
+
+    def say(*lines: str) -> None:
+        sections.extend(lines)
+        print(*lines, sep="\n", flush=True)
+
+    say(f"Machine: {machine(device)}; {versions(**others)}.\n", f"Command: `{command()}`\n")
     with torch.inference_mode():
         for pixels, depth in zip(options.sizes, depths, strict=True):
-            sections += _measure_size(base.replace(depth=depth), base.depth, pixels, dtype, device,
-                                      comfyui, options)
+            say(*_measure_size(base.replace(depth=depth), base.depth, pixels, dtype, device,
+                               comfyui, options))
         if device.type == "cuda":
-            sections.append(measure_attention(options.sizes, dtype, device, options.repeats))
+            say(measure_attention(options.sizes, dtype, device, options.repeats))
     report = "\n".join(sections)
-    print(report)
     if options.out:
         options.out.write_text(report)
     return report
@@ -155,7 +159,6 @@ def _arguments() -> argparse.ArgumentParser:
                              "set OMP_NUM_THREADS=1, or waiting threads are counted")
     parser.add_argument("--compile", action="store_true", help="torch.compile every contender")
     parser.add_argument("--out", type=Path, help="write the report to this file too")
-    parser.set_defaults(config={})
     return parser
 
 
