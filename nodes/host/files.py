@@ -7,9 +7,9 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
+from ...pixart_core.checkpoint import CheckpointError
+from ...pixart_core.checkpoint.folder import find_files, read_index
 from ...pixart_core.starter import find_starter
-
-_WEIGHTS = (".safetensors", ".sft", ".bin", ".pth", ".pt")
 
 
 def register_starter() -> None:
@@ -25,12 +25,13 @@ def register_starter() -> None:
 def choices(key: str) -> list[str]:
     """Names under a folder key: files as the host lists them, then folders that are one model.
 
-    The parts of such a folder are left out: the folder stands for them.
+    The files of such a folder are left out: the folder stands for them.
     """
     folders = _model_folders(key)
+    parts = {part for names in folders.values() for part in names}
     files = [name for name in folder_paths.get_filename_list(key)
-             if not Path(name).as_posix().startswith(tuple(folders))]
-    return [*files, *folders]
+             if Path(name).as_posix() not in parts]
+    return [*files, *sorted(folders)]
 
 
 def full_path(key: str, name: str) -> str:
@@ -60,13 +61,22 @@ def _folder_path(key: str, name: PurePath) -> str | None:
     return next((str(path) for path in candidates if path.is_dir()), None)
 
 
-def _model_folders(key: str) -> list[str]:
-    """Folders with a config.json beside weights, as names that end in a slash."""
-    found = []
-    for root in folder_paths.get_folder_paths(key):
-        for config in sorted(Path(root).glob("*/config.json")) + sorted(
-                Path(root).glob("*/*/config.json")):
-            folder = config.parent
-            if any(p.suffix in _WEIGHTS for p in folder.iterdir()):
-                found.append(folder.relative_to(root).as_posix() + "/")
-    return sorted(set(found))
+def _model_folders(key: str) -> dict[str, list[str]]:
+    """Folders with a config.json beside one model, ending in a slash: {name: its weight files}."""
+    found: dict[str, list[str]] = {}
+    for root in map(Path, folder_paths.get_folder_paths(key)):
+        for config in (*root.glob("*/config.json"), *root.glob("*/*/config.json")):
+            parts = [path.relative_to(root).as_posix() for path in _weight_files(config.parent)]
+            if parts:
+                found.setdefault(config.parent.relative_to(root).as_posix() + "/", parts)
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of the model that a folder is; none where no single model can be meant."""
+    try:
+        inner, files, index = find_files(folder, None)
+        shards = read_index(index).values() if index is not None else ()
+    except (CheckpointError, OSError):
+        return []
+    return [*files, *(inner / shard for shard in set(shards))]
