@@ -11,7 +11,7 @@ from ..pixart_core.checkpoint import CheckpointError
 from .host import files
 from .host.clip import check_t5, load_clip
 from .host.model import check_transformer, load_model
-from .host.schema import CATEGORY, advanced, schema
+from .host.schema import CATEGORY, advanced, require_option, schema
 
 DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
@@ -21,6 +21,8 @@ DTYPES: dict[str, torch.dtype | None] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
 }
+VARIANTS = ["auto", "alpha", "sigma"]
+DEVICES = ["default", "cpu"]
 
 
 def _check(check: Any, key: str, name: str | None) -> bool | str:
@@ -54,8 +56,7 @@ class PixArtLoader(io.ComfyNode):
                 advanced(io.Combo.Input, "weight_dtype", options=list(DTYPES), default="auto",
                          tooltip="auto lets ComfyUI choose for your card. float16 follows the "
                                  "original more closely than bfloat16; float8 halves the memory."),
-                advanced(io.Combo.Input, "variant", options=["auto", "alpha", "sigma"],
-                         default="auto",
+                advanced(io.Combo.Input, "variant", options=VARIANTS, default="auto",
                          tooltip="Only for diffusers files without a config.json, which cannot "
                                  "tell alpha 256/512 from Sigma: choose the one it is. Wrong "
                                  "colours are the sign of a wrong choice."),
@@ -66,6 +67,8 @@ class PixArtLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, weight_dtype="auto", variant="auto") -> io.NodeOutput:
+        require_option("weight_dtype", weight_dtype, DTYPES)
+        require_option("variant", variant, VARIANTS)
         fields = {} if variant == "auto" else {"variant": variant}
         path = files.full_path("diffusion_models", model_name)
         return io.NodeOutput(load_model(path, DTYPES[weight_dtype], fields))
@@ -95,7 +98,7 @@ class PixArtT5Loader(io.ComfyNode):
                 io.Combo.Input("t5_name", options=files.choices("text_encoders"),
                                tooltip="A T5 encoder in models/text_encoders: fp16, bf16, fp8 or "
                                        "scaled fp8."),
-                advanced(io.Combo.Input, "device", options=["default", "cpu"], default="default",
+                advanced(io.Combo.Input, "device", options=DEVICES, default="default",
                          tooltip="cpu keeps the text encoder out of the card's memory: slower "
                                  "to encode, nothing to unload."),
             ],
@@ -105,6 +108,7 @@ class PixArtT5Loader(io.ComfyNode):
 
     @classmethod
     def execute(cls, t5_name, device="default") -> io.NodeOutput:
+        require_option("device", device, DEVICES)
         return io.NodeOutput(load_clip(files.full_path("text_encoders", t5_name), device))
 
     @classmethod

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..pixart_core.resolution import nearest_bin
-from .host.schema import CATEGORY, schema
+from .host.schema import CATEGORY, require_option, schema
 
 RATIOS = {
     "1:1 square": (1, 1), "4:3 landscape": (4, 3), "3:2 landscape": (3, 2),
@@ -15,6 +15,8 @@ RATIOS = {
     "2:3 portrait": (2, 3), "9:16 tall": (9, 16),
 }
 CUSTOM = "from width and height"
+SHAPES = [*RATIOS, CUSTOM]
+BASES = ["256", "512", "1024", "2048", "2880"]
 
 
 class PixArtResolution(io.ComfyNode):
@@ -30,11 +32,10 @@ class PixArtResolution(io.ComfyNode):
                         "far from these sizes come out distorted.",
             search_aliases=["aspect ratio", "bins", "empty latent", "size", "pixart size"],
             inputs=[
-                io.Combo.Input("base", options=["256", "512", "1024", "2048", "2880"],
-                               default="1024",
+                io.Combo.Input("base", options=BASES, default="1024",
                                tooltip="The model's training size in pixels: 2048 for the 2K "
                                        "model, 2880 for 4K screens."),
-                io.Combo.Input("aspect_ratio", options=[*RATIOS, CUSTOM], default="1:1 square",
+                io.Combo.Input("aspect_ratio", options=SHAPES, default="1:1 square",
                                tooltip="The shape of the picture, or take it from the width and "
                                        "height below."),
                 io.Int.Input("width", default=1024, min=8, max=16384, step=8,
@@ -53,6 +54,8 @@ class PixArtResolution(io.ComfyNode):
 
     @classmethod
     def execute(cls, base, aspect_ratio, width, height, batch_size) -> io.NodeOutput:
+        require_option("base", base, BASES)
+        require_option("aspect_ratio", aspect_ratio, SHAPES)
         if aspect_ratio != CUSTOM:
             width, height = RATIOS[aspect_ratio]
         height, width = nearest_bin(int(base), height=height, width=width)

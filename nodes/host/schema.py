@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from comfy_api.latest import io
@@ -26,3 +26,12 @@ def advanced(input_type: Callable, id: str, **arguments: Any) -> Any:
     """An input that newer hosts fold away under "advanced"."""
     arguments = {"optional": True, "advanced": True, **arguments}
     return input_type(id, **known_arguments(input_type, arguments))
+
+
+def require_option(name: str, value: Any, options: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `options`.
+
+    The host looks at what is chosen on the node; not at wires, and 0.3.64 not at all.
+    """
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(options)}")

@@ -410,9 +410,26 @@ def test_a_schedule_that_comes_by_wire(host, node_name, values, words):
     refused(host, graph, *words, kind="execution", node=node)
 
 
-def test_an_unknown_grid(host):
-    graph, node = schedule_graph("PixArtLCMSchedule", grid="linear")
-    refused(host, graph, "linear", "diffusers", node=node)
+@pytest.mark.parametrize(("node_name", "key", "option"), [
+    ("PixArtLoader", "weight_dtype", "bfloat16"), ("PixArtLoader", "variant", "sigma"),
+    ("PixArtT5Loader", "device", "cpu"), ("PixArtResolution", "base", "2880"),
+    ("PixArtResolution", "aspect_ratio", "16:9 wide"), ("PixArtLCMSchedule", "grid", "official"),
+    ("PixArtLCMSampler", "grid", "official"),
+])
+def test_a_choice_that_does_not_exist(host, node_name, key, option):
+    """Refused at once where the host checks the list, else by the node, with the choices."""
+    graph = StarterGraph()
+    size = graph.add("PixArtResolution", base="256", aspect_ratio="1:1 square", width=8, height=8,
+                     batch_size=1)
+    sampler = graph.lcm(latent=size[2])
+    schedule = graph.add("PixArtLCMSchedule", steps=1, strength=1.0, grid="diffusers")
+    graph.picture(sampler)
+    graph.add("ProbeSaveTensors", value=schedule[1], name="choice")
+    node = next(i for i, n in graph.prompt.items() if n["class_type"] == node_name)
+    graph.prompt[node]["inputs"][key] = "nonsense"
+    error = host.run(graph, ok=False).error
+    assert error.node == node, str(error)
+    assert "'nonsense'" in error.message and key in error.message and option in error.message
 
 
 def test_half_a_size(host):
