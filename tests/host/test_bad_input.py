@@ -421,10 +421,11 @@ def test_a_choice_that_does_not_exist(host, node_name, key, option):
     graph = StarterGraph()
     size = graph.add("PixArtResolution", base="256", aspect_ratio="1:1 square", width=8, height=8,
                      batch_size=1)
-    sampler = graph.lcm(latent=size[2])
-    schedule = graph.add("PixArtLCMSchedule", steps=1, strength=1.0, grid="diffusers")
-    graph.picture(sampler)
-    graph.add("ProbeSaveTensors", value=schedule[1], name="choice")
+    if node_name == "PixArtLCMSchedule":
+        schedule = graph.add(node_name, steps=1, strength=1.0, grid="diffusers")
+        graph.add("ProbeSaveTensors", value=schedule[1], name="choice")
+    else:
+        graph.picture(graph.lcm(latent=size[2]))
     node = next(i for i, n in graph.prompt.items() if n["class_type"] == node_name)
     graph.prompt[node]["inputs"][key] = "nonsense"
     error = host.run(graph, ok=False).error
