@@ -83,7 +83,8 @@ def measure(device: torch.device, comfyui: ComfyUI | str) -> str:
     def row(name: str, kind: str, error: Callable[..., float], *extra: object) -> list[str]:
         return [name, kind, *(f"{error(name, dtype, device, *extra):.2e}" for dtype in DTYPES)]
 
-    rows, notes = [], [f"not measured, {comfyui}"] if isinstance(comfyui, str) else []
+    rows: list[list[str]] = []
+    why = {comfyui: cases()} if isinstance(comfyui, str) else {}  # what could not be, by reason
     for name in cases():
         rows.append(row(name, "ours", our_error))
         if isinstance(comfyui, str):
@@ -91,11 +92,12 @@ def measure(device: torch.device, comfyui: ComfyUI | str) -> str:
         try:
             theirs = row(name, "ComfyUI's own, epsilon", functools.partial(comfyui_error, comfyui))
         except Exception as error:  # others' code, and cases it may not support
-            notes.append(f"{name}: {type(error).__name__}, {error}")
+            why.setdefault(f"{type(error).__name__}, {error}", []).append(name)
         else:
             rows += [row(name, "ours, epsilon", our_error, EPSILON), theirs]
     header = ["case", "network", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)]
-    return table(header, rows) + "".join(f"\nComfyUI's own, {note}\n" for note in notes)
+    return table(header, rows) + "".join(f"\nNot by ComfyUI's own ({reason}): {', '.join(names)}.\n"
+                                         for reason, names in why.items())
 
 
 def main(argv: Sequence[str] | None = None) -> str:

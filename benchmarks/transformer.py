@@ -65,6 +65,8 @@ def _measure_size(config: pc.PixArtConfig, full_depth: int, pixels: int, dtype: 
     compile_with = torch.compile if options.compile else None
     contenders, missing = all_contenders(config, weights, pixels, dtype, device, comfyui,
                                          compile_with)
+    if options.contenders:
+        contenders = [c for c in contenders if any(n in c.name for n in options.contenders)]
     reference = ours(config, weights, torch.float32, device)
     part = "" if config.depth == full_depth else f", {config.depth} of {full_depth} blocks"
     title = f"{pixels} x {pixels} px, {str(dtype).removeprefix('torch.')}{part}"
@@ -74,7 +76,8 @@ def _measure_size(config: pc.PixArtConfig, full_depth: int, pixels: int, dtype: 
     for batch in options.batches:
         steps = [make_step(config, pixels, batch, device, seed) for seed in range(options.inputs)]
         rows += _measure_batch(contenders, missing, reference, steps, options, device)
-    header = ["batch", "contender", "median (min to max)", "against ours", "error"]
+    header = ["batch", "contender", "median (min to max)", f"against {contenders[0].name}",
+              "error"]
     header += ["memory above the weights"] if device.type == "cuda" else []
     return [f"#### {title}\n", table(header, rows),
             *(_caption_lines(config, weights, dtype, device, options, part))]
@@ -90,6 +93,8 @@ def _measure_batch(contenders: Sequence[Contender], missing: dict[str, str],
     for contender in contenders:
         try:
             bound = [contender.bind(step) for step in steps]
+            for _ in range(2 if options.compile else 0):  # caches filled by the first call
+                bound[0]()  # make a compiled network compile again at the second
             errors[contender.name] = _error(bound[0](), expected)
             calls[contender.name] = bound
         except Exception as error:  # others' code, and sizes it may not support
@@ -154,6 +159,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--inputs", type=int, default=3, help="different inputs, in rotation")
     parser.add_argument("--comfyui", help="a ComfyUI folder, else COMFYUI_PATH or ~/comfy/ComfyUI")
+    parser.add_argument("--contenders", nargs="+", metavar="PART",
+                        help="only those with one of these in their name; the first is the measure")
     parser.add_argument("--cpu-time", action="store_true",
                         help="seconds the process got, for a CPU that others use too; "
                              "set OMP_NUM_THREADS=1, or waiting threads are counted")
