@@ -31,6 +31,7 @@ XXL_WIDTH = 4096
 # The host's name for PixArt's text encoder, in token dicts and tokenizer options.
 NAME = "t5xxl"
 PAD, END = 0, 1
+SHOWN = 300  # characters of a cut that are shown
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class TokenReport:
     def __str__(self) -> str:
         if not self.cut:
             return f"{self.used} of {self.limit} tokens"
-        return f"{self.used} tokens, the limit is {self.limit}; cut: {self.cut}"
+        cut = self.cut if len(self.cut) <= SHOWN else self.cut[:SHOWN] + "…"
+        return f"{self.used} tokens, the limit is {self.limit}; cut: {cut}"
 
 
 def load_clip(path: str, device: str = "default") -> comfy.sd.CLIP:
@@ -84,8 +86,7 @@ def encode(clip: comfy.sd.CLIP, text: str, limit: int,
     tokens = clip.tokenize(text)
     tokens, report = cut_tokens(clip, tokens, limit)
     if report.cut:
-        logger.warning("prompt has %d tokens, %d are used; cut: %s", report.used, limit,
-                       report.cut)
+        logger.warning("prompt: %s", report)
     conditioning = clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
     if not all(states.isfinite().all() for states, _ in conditioning):
         raise ValueError("the text encoder gave values that are not finite: its file is damaged, "

@@ -80,7 +80,7 @@ def _num_heads(known: Mapping[str, Any], beside: Mapping[str, Any]) -> int:
     else:
         raise ValueError(f"the number of attention heads of a model {width} wide cannot be read "
                          f"from its weights; pass num_heads=..., or store it in the file's "
-                         f"{METADATA_KEY!r} metadata")
+                         f"{METADATA_KEY!r} metadata: pixart convert IN OUT --set num_heads=N")
     if width % heads:
         raise ValueError(f"{source} is {heads}, which does not divide the width {width}")
     return heads

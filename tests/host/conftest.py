@@ -6,6 +6,7 @@ Without a host every test of this folder skips, for one reason.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(HERE))  # the tests import client and launch
 
 from launch import HostMissingError, HostStartError, find_host, log_tail, running_host  # noqa: E402
 
+_SEEDS = itertools.count(1000)
 _LOG = pytest.StashKey[Path]()
 _START = pytest.StashKey[int]()
 _HOST = pytest.StashKey[object]()  # the Installation, or why there is none
@@ -93,3 +95,26 @@ def pytest_runtest_makereport(item: pytest.Item):
     log = item.config.stash.get(_LOG, None)
     if report.failed and log is not None and not item.config.stash.get(_BROKEN, False):
         report.sections.append(("ComfyUI server log", log_tail(log, start=item.stash[_START])))
+
+
+@pytest.fixture(scope="session")
+def encoder():
+    """The engine's T5 on the starter's file: transformers, float32."""
+    import torch
+
+    import pixart_core as pc
+    from pixart_core.starter import find_starter
+
+    return pc.text.T5TextEncoder.from_path(find_starter().t5_file, dtype=torch.float32)
+
+
+@pytest.fixture
+def lives_on(host):
+    """After every bad prompt the next good one works; its seed is new, so nothing is cached."""
+    from graphs import StarterGraph
+
+    yield
+    assert host.alive()
+    graph = StarterGraph()
+    graph.picture(graph.lcm(steps=1, seed=next(_SEEDS)))
+    host.run(graph)
