@@ -25,7 +25,8 @@ def sinusoid(values: Tensor, size: int = SINUSOID_SIZE) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def position_table(rows: int, columns: int, hidden_size: int, position_range: float) -> Tensor:
+def position_table(rows: int, columns: int, hidden_size: int, position_range: float,
+                   device: torch.device | str | None = None) -> Tensor:
     """Fixed 2-D sin/cos table of a token grid: (1, rows * columns, hidden_size), float64.
 
     Each axis is stretched to [0, position_range) whatever its token count, so that one model serves
@@ -33,10 +34,11 @@ def position_table(rows: int, columns: int, hidden_size: int, position_range: fl
     row, each as sines then cosines (arXiv 2403.04692, section 3.2, "PE interpolation").
     """
     quarter = hidden_size // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    options = {"dtype": torch.float64, "device": device}
+    omega = 10000.0 ** (-torch.arange(quarter, **options) / quarter)
 
     def axis(count: int) -> Tensor:
-        positions = torch.arange(count, dtype=torch.float64) * (position_range / count)
+        positions = torch.arange(count, **options) * (position_range / count)
         angles = positions[:, None] * omega
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (count, C / 2)
 

@@ -129,11 +129,14 @@ class PixArtTransformer(nn.Module):
 
     def positions(self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
         """The position table (1, N, C) of a token grid, made once per size, device and dtype."""
+        sizes = (*grid, self.config.hidden_size, self.config.position_range)
+        if torch.compiler.is_compiling():
+            # part of the graph: memory of a graph must not outlive it in a cache
+            return position_table(*sizes, device=device).to(dtype)
         key = (*grid, device, dtype)
         if key not in self._position_tables:
             # float64 until the last moment: half-precision positions cost more than all weights
-            table = position_table(*grid, self.config.hidden_size, self.config.position_range)
-            self._position_tables[key] = table.to(dtype=dtype, device=device)
+            self._position_tables[key] = position_table(*sizes).to(dtype=dtype, device=device)
         return self._position_tables[key]
 
     def embed_time(self, timestep: Tensor, image_size: Tensor | None,
