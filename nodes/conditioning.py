@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 from comfy_api.latest import io
 
 from ..pixart_core import text as pixart_text
@@ -98,7 +99,7 @@ class PixArtNullCaption(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive=None) -> io.NodeOutput:
-        states = null_caption(model)
+        states = null_caption(model).to(comfy.model_management.intermediate_device())
         if positive:
             states = states[: positive[0][0].shape[1]]
         return io.NodeOutput([[states[None].clone(), {"pooled_output": None}]])

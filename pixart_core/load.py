@@ -117,19 +117,21 @@ def require_finite(name: str, tensor: Tensor, source: str) -> None:
 
 
 def assign_weights(model: torch.nn.Module, opened: OpenedTransformer,
-                   device: torch.device | str | None, *, copy: bool = False) -> None:
+                   device: torch.device | str | None, *, copy: bool = False,
+                   dtypes: Mapping[str, torch.dtype] | None = None) -> None:
     """Give `model`, whose own weights hold no memory yet, those of `opened`, which empties it.
 
     Each tensor is checked, brought to the device and to the dtype of the parameter it becomes
     (some are float32 in any model) and let go before the next one. Mapped tensors that had to be
     converted, or all of them with `copy`, also leave memory, see `release_pages`; the others
-    stay mapped to their file.
+    stay mapped to their file. `dtypes` is for models whose layers are empty until they are loaded.
     """
+    dtypes = dtypes or {name: tensor.dtype for name, tensor in model.state_dict().items()}
     weights: dict[str, Tensor] = {}
-    for name, parameter in model.state_dict().items():
+    for name, dtype in dtypes.items():
         tensor = opened.state_dict.pop(name)
         require_finite(name, tensor, opened.source)
-        weights[name] = tensor.to(device=device, dtype=parameter.dtype, copy=copy)
+        weights[name] = tensor.to(device=device, dtype=dtype, copy=copy)
         if opened.mapped and weights[name] is not tensor:
             release_pages([tensor])
     model.load_state_dict(weights, strict=True, assign=True)

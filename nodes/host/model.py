@@ -136,7 +136,8 @@ def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dyn
     if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
         _map_weights(model, opened)
     else:
-        assign_weights(model.diffusion_model, opened, offload_device, copy=True)
+        assign_weights(model.diffusion_model, opened, offload_device, copy=True,
+                       dtypes=_weight_dtypes(model.diffusion_model))
     patcher.cached_patcher_init = reload
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, _patch_tables)
     logger.info("PixArt %s: %d blocks of width %d, %s, positions 0 to %g", config.variant,
@@ -144,12 +145,28 @@ def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dyn
     return patcher
 
 
+def _weight_dtypes(network: HostTransformer) -> dict[str, torch.dtype]:
+    """The dtype of every weight, also of layers that the host leaves empty until they are loaded.
+
+    With dynamic memory management its layers hold None and only say what dtype they want.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    for prefix, module in network.named_modules():
+        for part in ("weight", "bias"):
+            wanted = getattr(module, f"{part}_comfy_model_dtype", None)
+            absent = getattr(module, part, None) is None
+            has_part = part == "weight" or getattr(module, "comfy_need_lazy_init_bias", True)
+            if wanted is not None and absent and has_part:
+                dtypes[f"{prefix}.{part}"] = wanted
+    return dtypes
+
+
 def _map_weights(model: PixArtModel, opened: OpenedTransformer) -> None:
     """Leave the weights mapped to their file, which dynamic memory management pages from."""
-    for name, parameter in model.diffusion_model.state_dict().items():
+    for name, dtype in _weight_dtypes(model.diffusion_model).items():
         tensor = opened.state_dict[name]
         require_finite(name, tensor, opened.source)
-        if parameter.dtype == torch.float32:  # the time path, in any model
+        if dtype == torch.float32:  # the time path, in any model
             opened.state_dict[name] = tensor.float()
     model.load_model_weights(opened.state_dict, "", assign=True)
 

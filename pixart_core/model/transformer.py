@@ -14,6 +14,8 @@ from .attention import AttentionFunction, scaled_dot_product
 from .blocks import FinalLayer, PixArtBlock
 from .embedders import CaptionEmbedder, PatchEmbedder, ScalarEmbedder, position_table
 
+KEPT_TABLES = 4  # position tables of the last sizes; one is 75 MB at 2880 px
+
 
 @dataclass(frozen=True)
 class PreparedCaption:
@@ -135,6 +137,8 @@ class PixArtTransformer(nn.Module):
             return position_table(*sizes, device=device).to(dtype)
         key = (*grid, device, dtype)
         if key not in self._position_tables:
+            while len(self._position_tables) >= KEPT_TABLES:
+                self._position_tables.pop(next(iter(self._position_tables)))
             # float64 until the last moment: half-precision positions cost more than all weights
             self._position_tables[key] = position_table(*sizes).to(dtype=dtype, device=device)
         return self._position_tables[key]
