@@ -15,6 +15,7 @@ from .checkpoint import (
 from .config import PRESETS, KVCompression, PixArtConfig
 from .load import load_transformer, open_transformer
 from .model import PixArtTransformer, PreparedCaption
+from .model.hed import HEDDetector
 from .resolution import nearest_bin
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "HEDDetector",
     "KVCompression",
     "Pipeline",
     "PixArtConfig",

@@ -13,7 +13,7 @@ from .header import CheckpointError
 
 # what hosts and pipelines put in front of the names below
 _PREFIXES = ("", *PREFIXES, "base_model.", "text_encoders.t5xxl.transformer.", "t5xxl.transformer.",
-             "text_encoder.", "vae.", "first_stage_model.", "unet.")
+             "text_encoder.", "vae.", "first_stage_model.", "unet.", "netNetwork.")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("taesd", "a TAESD preview VAE", _USE_VAE, (r"(decoder|encoder)\.layers\.\d+\.",)),
     Kind("taesd", "a TAESD preview VAE", _USE_VAE, (r"1\.(weight|bias)$", r"3\.conv\.0\.weight$")),
     Kind("vae", "a VAE", _USE_VAE, (r"(decoder|encoder)\.conv_in\.",)),
-    Kind("hed", "a HED edge detector", "it is used by the PixArt ControlNet's image preparation",
-         (r"block1\.convs?\.", r"block5\.")),
+    Kind("hed", "a HED edge detector", "it makes the edge pictures for a PixArt ControlNet: choose "
+         "it on PixArt HED Edges", (r"block1\.convs\.0\.", r"block5\.projection\.")),
 )
 
 UNKNOWN = Kind("unknown", "something that is not known to PixArt", _OTHER, ())
