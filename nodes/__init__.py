@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import PixArtNullCaption, PixArtTextEncode
+from .hed import PixArtHEDEdges, PixArtHint
 from .host import files
 from .lcm import PixArtLCMSampler, PixArtLCMSchedule
 from .loaders import PixArtLoader, PixArtT5Loader
@@ -18,6 +19,8 @@ NODES: list[type[io.ComfyNode]] = [
     PixArtResolution,
     PixArtLCMSampler,
     PixArtLCMSchedule,
+    PixArtHEDEdges,
+    PixArtHint,
 ]
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..checkpoint.identify import require_kind
 from ..checkpoint.read import CheckpointError, read_checkpoint, unwrap_state_dict
-from ..load import Source, check_weights, main_dtype, require_finite
+from ..load import Source, check_weights, require_finite
 
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = (2, 2, 3, 3, 3)
@@ -73,10 +73,11 @@ class HEDDetector(nn.Module):
                   device: torch.device | str | None = None) -> HEDDetector:
         """A detector in eval mode, without gradients, from anything `open_hed` takes.
 
-        `dtype` None keeps the file's own. Raises as `open_hed` does.
+        `dtype` None is float32, as the official detector computes from a file of any dtype.
+        Raises as `open_hed` does.
         """
         weights = open_hed(path_or_state_dict)
-        detector = cls(_widths(weights), dtype or main_dtype(weights), device="meta")
+        detector = cls(_widths(weights), dtype or torch.float32, device="meta")
         detector.load_state_dict(
             {name: weights[name].to(device=device, dtype=tensor.dtype)
              for name, tensor in detector.state_dict().items()}, assign=True)

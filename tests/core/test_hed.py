@@ -106,6 +106,15 @@ def test_half_precision_keeps_the_offset_and_the_maps_in_float32(file, golden):
 # files
 
 
+def test_a_half_precision_file_is_computed_in_float32(file, golden):
+    """As the official detector does; on its own it would stay in what the file holds."""
+    halved = file(lambda w: w.update({k: v.half() for k, v in w.items()}))
+    detector = HEDDetector.from_path(halved)
+    assert {p.dtype for p in detector.parameters()} == {torch.float32}
+    assert relative(detector(golden["in.image"] / 255), golden["out.edge"]) < 0.01
+    assert open_hed(halved)["norm"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("wrap", [
     lambda w: w,
     lambda w: {"state_dict": w, "epoch": 3},
