@@ -12,9 +12,10 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .config import PRESETS, KVCompression, PixArtConfig
+from .config import PRESETS, ControlNetConfig, KVCompression, PixArtConfig
 from .load import load_transformer, open_transformer
-from .model import PixArtTransformer, PreparedCaption
+from .load_control import load_controlnet
+from .model import Control, PixArtControlNet, PixArtTransformer, PreparedCaption
 from .model.hed import HEDDetector
 from .resolution import nearest_bin
 
@@ -23,14 +24,18 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "Control",
+    "ControlNetConfig",
     "HEDDetector",
     "KVCompression",
     "Pipeline",
     "PixArtConfig",
+    "PixArtControlNet",
     "PixArtTransformer",
     "PreparedCaption",
     "convert_state_dict",
     "detect_config",
+    "load_controlnet",
     "load_transformer",
     "nearest_bin",
     "open_transformer",

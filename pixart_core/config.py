@@ -112,7 +112,33 @@ class PixArtConfig:
 
     def to_json(self) -> str:
         """The JSON that stands under `pixart_config` in the header of every file we write."""
-        return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
+        return _to_json(self)
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """What a ControlNet-Transformer (arXiv 2401.05252, section 4) is made of.
+
+    `depth` counts the copied blocks. `variant` and `image_size` say what it was trained for, None
+    where the file does not tell; the network itself needs neither.
+    """
+
+    hidden_size: int = 1152
+    depth: int = 13
+    num_heads: int = 16
+    mlp_hidden_size: int = 4608
+    qk_norm: bool = False
+    kv_compression: KVCompression | None = None
+    variant: Variant | None = None
+    image_size: int | None = None
+
+    def to_json(self) -> str:
+        """The JSON that stands under `pixart_config` in the header of every file we write."""
+        return _to_json(self)
+
+
+def _to_json(config: PixArtConfig | ControlNetConfig) -> str:
+    return json.dumps({k: v for k, v in dataclasses.asdict(config).items() if v is not None})
 
 
 def fields_from_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any]:

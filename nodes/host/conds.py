@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import comfy.conds
 import torch
 import torch.nn.functional as F
@@ -50,3 +52,36 @@ class CaptionMaskCond(comfy.conds.CONDRegular):
         if all(mask.full and mask.cond.shape[1] == longest for mask in masks):
             return None
         return torch.cat([_pad_tokens(mask.cond, longest) for mask in masks])
+
+
+class Area(NamedTuple):
+    """Rows and columns of the whole latent, and the top left corner of the part."""
+
+    whole: tuple[int, int]
+    corner: tuple[int, int]
+
+
+class AreaCond(comfy.conds.CONDRegular):
+    """Where each condition of a batch lies in the whole latent: one Area for each, in order.
+
+    ControlNets need it: their hint covers the whole picture, the model may see a part.
+    `residuals` is the number of token tensors they add, for the host's memory estimate.
+    """
+
+    def __init__(self, whole: tuple[int, int], residuals: int = 0,
+                 area: list[int] | None = None) -> None:
+        super().__init__(Area(whole, tuple(area[-2:]) if area else (0, 0)))
+        self.residuals = residuals
+
+    def process_cond(self, batch_size: int, area: list[int] | None = None,
+                     **_: object) -> AreaCond:
+        return type(self)(self.cond.whole, self.residuals, area)
+
+    def can_concat(self, other: AreaCond) -> bool:
+        return True
+
+    def concat(self, others: list[AreaCond]) -> tuple[Area, ...]:
+        return tuple(cond.cond for cond in (self, *others))
+
+    def size(self) -> list[int]:
+        return [self.residuals]

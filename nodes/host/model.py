@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import comfy.conds
@@ -24,7 +25,7 @@ from ...pixart_core.load import (
     read_transformer,
     require_finite,
 )
-from .conds import CaptionCond, CaptionMaskCond
+from .conds import AreaCond, CaptionCond, CaptionMaskCond
 from .files import fingerprint
 from .transformer import HostTransformer
 
@@ -44,6 +45,9 @@ class PixArtModel(comfy.model_base.PixArt):
     def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
         """What a sampler passes for each conditioning, batched by the host."""
         out = super(comfy.model_base.PixArt, self).extra_conds(**kwargs)
+        if kwargs.get("noise") is not None:
+            residuals = getattr(kwargs.get("control"), "residual_count", 0)
+            out["areas"] = AreaCond(tuple(kwargs["noise"].shape[-2:]), residuals)
         caption = kwargs.get("cross_attn")
         if caption is not None:
             self._check_caption(caption)
@@ -62,6 +66,17 @@ class PixArtModel(comfy.model_base.PixArt):
                 torch.tensor([[height, width]], dtype=torch.int32))
             out["aspect_ratio"] = comfy.conds.CONDRegular(ratio.float().view(torch.int32))
         return out
+
+    def memory_required(self, input_shape: list[int],
+                        cond_shapes: dict[str, list] | None = None) -> float:
+        """Bytes that one call needs, the residuals of ControlNets among them."""
+        cond_shapes = cond_shapes or {}
+        count = max((size[0] for size in cond_shapes.get("areas", ())), default=0)
+        config = self.pixart_config
+        tokens = input_shape[0] * math.prod(input_shape[2:]) / config.patch_size**2
+        residuals = count * tokens * config.hidden_size * comfy.model_management.dtype_size(
+            self.manual_cast_dtype or self.get_dtype())
+        return super().memory_required(input_shape, cond_shapes=cond_shapes) + residuals
 
     def _check_caption(self, caption: Tensor) -> None:
         expected = self.pixart_config.caption_channels
@@ -137,7 +152,7 @@ def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dyn
         _map_weights(model, opened)
     else:
         assign_weights(model.diffusion_model, opened, offload_device, copy=True,
-                       dtypes=_weight_dtypes(model.diffusion_model))
+                       dtypes=weight_dtypes(model.diffusion_model))
     patcher.cached_patcher_init = reload
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, _patch_tables)
     logger.info("PixArt %s: %d blocks of width %d, %s, positions 0 to %g", config.variant,
@@ -145,7 +160,7 @@ def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dyn
     return patcher
 
 
-def _weight_dtypes(network: HostTransformer) -> dict[str, torch.dtype]:
+def weight_dtypes(network: torch.nn.Module) -> dict[str, torch.dtype]:
     """The dtype of every weight, also of layers that the host leaves empty until they are loaded.
 
     With dynamic memory management its layers hold None and only say what dtype they want.
@@ -163,7 +178,7 @@ def _weight_dtypes(network: HostTransformer) -> dict[str, torch.dtype]:
 
 def _map_weights(model: PixArtModel, opened: OpenedTransformer) -> None:
     """Leave the weights mapped to their file, which dynamic memory management pages from."""
-    for name, dtype in _weight_dtypes(model.diffusion_model).items():
+    for name, dtype in weight_dtypes(model.diffusion_model).items():
         tensor = opened.state_dict[name]
         require_finite(name, tensor, opened.source)
         if dtype == torch.float32:  # the time path, in any model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from ...pixart_core.config import PixArtConfig
 from ...pixart_core.model.attention import AttentionFunction
-from ...pixart_core.model.transformer import BlockInputs, PixArtTransformer
+from ...pixart_core.model.blocks import BlockInputs
+from ...pixart_core.model.controlnet import Control, check_controls
+from ...pixart_core.model.transformer import PixArtTransformer
+
+WRONG_MODEL = ("a PixArt ControlNet steers models from PixArt Model Loader only; load the model "
+               "with it, or take the ControlNet out of the conditioning")
+WRONG_CONTROL = ("a ControlNet for another kind of model is wired to this PixArt model and cannot "
+                 "steer it; load a PixArt ControlNet with PixArt ControlNet Loader, or take it "
+                 "out of the conditioning")
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,23 @@ class HostInputs(BlockInputs):
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     latent: Tensor | None = None
+
+
+class Controls(tuple):
+    """The PixArt ControlNets of one model call, each a Control.
+
+    Other models look for names in what a ControlNet gives them, and would find none and go on.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            raise ValueError(WRONG_MODEL)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, str):
+            raise ValueError(WRONG_MODEL)
+        return super().__contains__(key)
 
 
 def host_attention(options: dict[str, Any]) -> AttentionFunction:
@@ -79,9 +105,8 @@ class HostTransformer(PixArtTransformer):
                  transformer_options: dict[str, Any], caption_mask: Tensor | None = None,
                  image_size: Tensor | None = None, aspect_ratio: Tensor | None = None,
                  **_: Any) -> Tensor:
-        if control is not None:
-            raise ValueError("the ControlNet wired to this PixArt model was made for another kind "
-                             "of model and cannot steer it; take it out of the conditioning")
+        if control is not None and not isinstance(control, Controls):
+            raise ValueError(WRONG_CONTROL)
         if context is None:
             raise ValueError("this PixArt model got no text: wire a PixArt Text Encode or CLIP "
                              "Text Encode node to the sampler")
@@ -90,6 +115,7 @@ class HostTransformer(PixArtTransformer):
         if aspect_ratio is not None:
             aspect_ratio = aspect_ratio.view(torch.float32)
         self._check_inputs(x, context, caption_mask, image_size, aspect_ratio)
+        check_controls(control or (), self.config, x)
 
         tokens, grid = self.embed_latent(x)
         t = self.embed_time(timesteps, image_size, aspect_ratio)
@@ -99,8 +125,21 @@ class HostTransformer(PixArtTransformer):
             tokens, caption = out["img"], out["txt"]
         inputs = HostInputs(self.shared_modulation(t), caption, mask, grid,
                             host_attention(options), options, x)
-        tokens = self.run_blocks(tokens, inputs)
+        if control:
+            tokens, inputs = self._run_range(tokens, inputs, 0, 1)
+            inputs = self.steer(tokens, control, inputs, inputs.context)
+            tokens, _ = self._run_range(tokens, inputs, 1, None)
+        else:
+            tokens = self.run_blocks(tokens, inputs)
         return self.to_latent(tokens, t, grid, x.shape[-2:])[:, : self.config.in_channels]
+
+    def steer(self, tokens: Tensor, control: Sequence[Control], inputs: HostInputs,
+              projected: Tensor) -> HostInputs:
+        """As in the engine; attention functions of the host see the block type "control"."""
+        options = {**inputs.options, "block_type": "control"}
+        own = dataclasses.replace(inputs, options=options, attention=host_attention(options))
+        residuals = super().steer(tokens, control, own, projected).residuals
+        return dataclasses.replace(inputs, residuals=residuals)
 
     def embed_caption(self, caption: Tensor, caption_mask: Tensor | None,
                       dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -114,11 +153,17 @@ class HostTransformer(PixArtTransformer):
 
     def run_blocks(self, tokens: Tensor, inputs: HostInputs, start: int = 0,
                    stop: int | None = None) -> Tensor:
+        return self._run_range(tokens, inputs, start, stop)[0]
+
+    def _run_range(self, tokens: Tensor, inputs: HostInputs, start: int,
+                   stop: int | None) -> tuple[Tensor, HostInputs]:
+        """Tokens through some blocks, and the inputs as the host's patches left them."""
         options = inputs.options
         replacements = options.get("patches_replace", {}).get("dit", {})
         patches = options.get("patches", {}).get("double_block", ())
         for index in range(len(self.blocks))[start:stop]:
             options["block_index"] = index
+            tokens = inputs.steered(index, tokens)
             replace = replacements.get(("double_block", index))
             if replace is None:
                 tokens = self.run_block(index, tokens, inputs)
@@ -129,7 +174,7 @@ class HostTransformer(PixArtTransformer):
                              "block_index": index, "transformer_options": options})
                 tokens = out["img"]
                 inputs = dataclasses.replace(inputs, context=out["txt"])
-        return tokens
+        return tokens, inputs
 
     def _run_replaced(self, index: int, tokens: Tensor, inputs: HostInputs,
                       replace: Any) -> tuple[Tensor, HostInputs]:

@@ -55,7 +55,7 @@ def detect_config(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] 
             logger.warning("metadata says %s=%r, the weights have %r; the weights count",
                            name, stored[name], fact)
     known = {**stored, **given, **facts}
-    known["num_heads"] = _num_heads(known, beside)
+    known["num_heads"] = head_count(known, beside)
     table = stored_positions(state_dict.get("pos_embed"), facts)
     if "variant" not in known:
         known["variant"] = _variant(facts, table, beside, pipeline_class)
@@ -65,8 +65,12 @@ def detect_config(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] 
     return PixArtConfig().replace(**known)
 
 
-def _num_heads(known: Mapping[str, Any], beside: Mapping[str, Any]) -> int:
-    """Heads cannot be seen in a shape: every split of the width multiplies the same matrices."""
+def head_count(known: Mapping[str, Any], beside: Mapping[str, Any]) -> int:
+    """The number of heads of a model `known["hidden_size"]` wide, from `known` or a config.json.
+
+    Heads cannot be seen in a shape: every split of the width multiplies the same matrices. Raises
+    ValueError where nothing tells it, or it does not divide the width.
+    """
     width = known["hidden_size"]
     heads, head_dim = beside.get("num_attention_heads"), beside.get("attention_head_dim")
     if "num_heads" in known:

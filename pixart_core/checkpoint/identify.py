@@ -12,8 +12,9 @@ from .convert import PREFIXES
 from .header import CheckpointError
 
 # what hosts and pipelines put in front of the names below
-_PREFIXES = ("", *PREFIXES, "base_model.", "text_encoders.t5xxl.transformer.", "t5xxl.transformer.",
-             "text_encoder.", "vae.", "first_stage_model.", "unet.", "netNetwork.")
+_PREFIXES = ("", *PREFIXES, "base_model.", "controlnet.",
+             "text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "text_encoder.", "vae.",
+             "first_stage_model.", "unet.", "netNetwork.")
 
 
 @dataclass(frozen=True)

@@ -25,34 +25,42 @@ def facts_from_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     output = _find(state_dict, "final_layer.linear.weight", "proj_out.weight", 2)
     caption = _find(state_dict, "y_embedder.y_proj.fc1.weight",
                     "caption_projection.linear_1.weight", 2)
-    mlp = _find(state_dict, "blocks.0.mlp.fc1.weight",
-                "transformer_blocks.0.ff.net.0.proj.weight", 2)
     hidden, in_channels, patch, patch_w = patches.shape
     if patch != patch_w or output.shape[0] % (patch * patch):
         raise ValueError(f"patches of {patch} x {patch_w} and {output.shape[0]} output values for "
                          "each do not fit together; this is not a PixArt transformer")
     facts = {
         "hidden_size": hidden,
-        "depth": _depth(state_dict),
         "patch_size": patch,
         "in_channels": in_channels,
         "out_channels": output.shape[0] // (patch * patch),
-        "mlp_hidden_size": mlp.shape[0],
         "caption_channels": caption.shape[1],
         "micro_conditioning": any("csize_embedder." in k or "resolution_embedder." in k
                                   or "ar_embedder." in k or "aspect_ratio_embedder." in k
                                   for k in state_dict),
-        "qk_norm": any(".q_norm." in k for k in state_dict),
+        **block_facts(state_dict),
     }
     null_caption = _null_caption(state_dict)
     if null_caption is not None:
         facts["max_tokens"] = null_caption.shape[0]
-    compression = _compression(state_dict)
-    if compression is not None:
-        facts["kv_compression"] = compression
     empty = [k for k, v in facts.items() if v == 0 and not isinstance(v, bool)]
     if empty:
         raise ValueError(f"the weights make {', '.join(empty)} zero; the file is damaged")
+    return facts
+
+
+def block_facts(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the blocks alone decide, in native or diffusers names; raises as above."""
+    mlp = _find(state_dict, "blocks.0.mlp.fc1.weight",
+                "transformer_blocks.0.ff.net.0.proj.weight", 2)
+    facts = {
+        "depth": _depth(state_dict),
+        "mlp_hidden_size": mlp.shape[0],
+        "qk_norm": any(".q_norm." in k for k in state_dict),
+    }
+    compression = _compression(state_dict)
+    if compression is not None:
+        facts["kv_compression"] = compression
     return facts
 
 

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import KVCompression, PixArtConfig
+from ..config import ControlNetConfig, KVCompression, PixArtConfig
 from .attention import AttentionFunction, CrossAttention, SelfAttention
 from .embedders import FeedForward
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What every block sees beside the tokens: one object for a whole forward pass.
+
+    `t0` (B, 6, C) float32 modulates, `context` is the projected caption (B, L, C) or one pair of
+    keys and values for each block, `mask` None or (B, 1, 1, L), `grid` the token rows and columns.
+    `residuals` are what ControlNets add to the input of block 1, block 2 and so on, (B, N, C)
+    each.
+    """
+
+    t0: Tensor
+    context: Tensor | tuple[tuple[Tensor, Tensor], ...]
+    mask: Tensor | None
+    grid: tuple[int, int]
+    attention: AttentionFunction
+    residuals: tuple[Tensor, ...] = ()
+
+    def for_block(self, index: int) -> Tensor | tuple[Tensor, Tensor]:
+        return self.context[index] if isinstance(self.context, tuple) else self.context
+
+    def steered(self, index: int, tokens: Tensor) -> Tensor:
+        """The tokens (B, N, C) that enter block `index`: with what the ControlNets add there."""
+        if 0 < index <= len(self.residuals):
+            return tokens + self.residuals[index - 1]
+        return tokens
 
 
 def cast_parameter(parameter: Tensor, like: Tensor) -> Tensor:
@@ -59,8 +87,8 @@ class PixArtBlock(ScaleShift):
     Cross-attention has neither norm, modulation nor gate.
     """
 
-    def __init__(self, config: PixArtConfig, compression: KVCompression | None,
-                 operations: Any, **factory: Any) -> None:
+    def __init__(self, config: PixArtConfig | ControlNetConfig,
+                 compression: KVCompression | None, operations: Any, **factory: Any) -> None:
         super().__init__(6, config.hidden_size, operations, factory.get("device"))
         size, heads = config.hidden_size, config.num_heads
         self.norm1 = operations.LayerNorm(size, elementwise_affine=False, eps=1e-6, **factory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from ..config import PixArtConfig
 from .attention import AttentionFunction, scaled_dot_product
-from .blocks import FinalLayer, PixArtBlock
+from .blocks import BlockInputs, FinalLayer, PixArtBlock
+from .controlnet import Control, check_controls, control_residuals
 from .embedders import CaptionEmbedder, PatchEmbedder, ScalarEmbedder, position_table
 
 KEPT_TABLES = 4  # position tables of the last sizes; one is 75 MB at 2880 px
@@ -21,30 +24,13 @@ KEPT_TABLES = 4  # position tables of the last sizes; one is 75 MB at 2880 px
 class PreparedCaption:
     """A caption after everything that does not change between steps.
 
-    `keys_values` holds, for each block, cross-attention keys and values (B, heads, L, D); `mask`
-    is None or boolean (B, 1, 1, L).
+    `keys_values` holds, for each block, cross-attention keys and values (B, heads, L, D),
+    `projected` (B, L, C) what they were made of; `mask` is None or boolean (B, 1, 1, L).
     """
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
+    projected: Tensor
     mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """What every block sees beside the tokens: one object for a whole forward pass.
-
-    `t0` (B, 6, C) float32 modulates, `context` is the projected caption (B, L, C) or one pair of
-    keys and values for each block, `mask` None or (B, 1, 1, L), `grid` the token rows and columns.
-    """
-
-    t0: Tensor
-    context: Tensor | tuple[tuple[Tensor, Tensor], ...]
-    mask: Tensor | None
-    grid: tuple[int, int]
-    attention: AttentionFunction
-
-    def for_block(self, index: int) -> Tensor | tuple[Tensor, Tensor]:
-        return self.context[index] if isinstance(self.context, tuple) else self.context
 
 
 class PixArtTransformer(nn.Module):
@@ -93,7 +79,7 @@ class PixArtTransformer(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, caption: Tensor | PreparedCaption,
                 caption_mask: Tensor | None = None, image_size: Tensor | None = None,
-                aspect_ratio: Tensor | None = None) -> Tensor:
+                aspect_ratio: Tensor | None = None, control: Sequence[Control] = ()) -> Tensor:
         """Predict the noise in `x`.
 
         Args:
@@ -103,6 +89,7 @@ class PixArtTransformer(nn.Module):
             caption_mask: (B, L), non-zero where a token is valid; None when nothing is padded.
             image_size: (B, 2) height and width in pixels, with micro-conditioning only.
             aspect_ratio: (B, 1) height over width, with micro-conditioning only.
+            control: ControlNets that steer this pass; several add up.
 
         Returns:
             (B, out_channels, H, W) in the model's dtype: epsilon, then the learned variance.
@@ -112,13 +99,32 @@ class PixArtTransformer(nn.Module):
         """
         x = x.to(self.compute_dtype(x))
         self._check_inputs(x, caption, caption_mask, image_size, aspect_ratio)
+        check_controls(control, self.config, x)
         size = x.shape[-2:]
         tokens, grid = self.embed_latent(x)
         t = self.embed_time(timestep, image_size, aspect_ratio)
         context, mask = self.embed_caption(caption, caption_mask, x.dtype)
         inputs = BlockInputs(self.shared_modulation(t), context, mask, grid, self.attention)
-        tokens = self.run_blocks(tokens, inputs)
+        if control:
+            tokens = self.run_blocks(tokens, inputs, stop=1)
+            projected = caption.projected if isinstance(caption, PreparedCaption) else context
+            inputs = self.steer(tokens, control, inputs, projected)
+            tokens = self.run_blocks(tokens, inputs, start=1)
+        else:
+            tokens = self.run_blocks(tokens, inputs)
         return self.to_latent(tokens, t, grid, size)
+
+    def steer(self, tokens: Tensor, control: Sequence[Control], inputs: BlockInputs,
+              projected: Tensor) -> BlockInputs:
+        """`inputs` with the residuals of all ControlNets in it.
+
+        `tokens` (B, N, C) are the output of block 0, `projected` (B, L, C) is the caption before
+        any block's keys and values. Everything a ControlNet adds follows from these.
+        """
+        latents = [self.embed_latent(one.latent.to(tokens.dtype))[0] for one in control]
+        shared = dataclasses.replace(inputs, context=projected)
+        return dataclasses.replace(
+            inputs, residuals=control_residuals(control, latents, tokens, shared))
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype activations run in: the weights' own here; a host that casts decides itself."""
@@ -169,13 +175,13 @@ class PixArtTransformer(nn.Module):
         """Project a caption (B, L, caption_channels) once for all steps and all blocks."""
         context, mask = self.embed_caption(caption, caption_mask, self.compute_dtype(caption))
         keys_values = tuple(block.cross_attn.keys_values(context) for block in self.blocks)
-        return PreparedCaption(keys_values, mask)
+        return PreparedCaption(keys_values, context, mask)
 
     def run_blocks(self, tokens: Tensor, inputs: BlockInputs, start: int = 0,
                    stop: int | None = None) -> Tensor:
         """Tokens (B, N, C) through blocks `start` up to, not including, `stop`."""
         for index in range(len(self.blocks))[start:stop]:
-            tokens = self.run_block(index, tokens, inputs)
+            tokens = self.run_block(index, inputs.steered(index, tokens), inputs)
         return tokens
 
     def run_block(self, index: int, tokens: Tensor, inputs: BlockInputs) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 import pixart_core as pc
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = sorted(p.stem for p in GOLDEN.glob("*.safetensors") if "lcm" not in p.stem)
+CASES = sorted(p.stem for p in (*GOLDEN.glob("alpha_*"), *GOLDEN.glob("sigma_*")))
 
 
 def read_golden(name):

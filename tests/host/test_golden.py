@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = sorted(p.stem for p in GOLDEN.glob("*.safetensors") if "lcm" not in p.stem)
+CASES = sorted(p.stem for p in (*GOLDEN.glob("alpha_*"), *GOLDEN.glob("sigma_*")))
 
 
 def meta_of(name):
