@@ -91,7 +91,7 @@ class PixArtHint(io.ComfyNode):
         require_option("invert", invert, INVERT)
         lines = rgb(image, paper=0.0 if invert == "no" else 1.0) @ torch.tensor(
             _LUMA, device=image.device)
-        lines = lines[..., None]  # (B, H, W, 1)
+        lines = lines[..., None].clamp(0, 1)  # (B, H, W, 1)
         if invert == "auto":
             light = lines.mean(dim=(1, 2, 3), keepdim=True) > 0.5
             lines = torch.where(light, 1 - lines, lines)
