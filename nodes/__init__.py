@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import PixArtNullCaption, PixArtTextEncode
+from .control import PixArtControlNetApply, PixArtControlNetLoader
 from .hed import PixArtHEDEdges, PixArtHint
 from .host import files
 from .lcm import PixArtLCMSampler, PixArtLCMSchedule
@@ -14,6 +15,8 @@ from .resolution import PixArtResolution
 NODES: list[type[io.ComfyNode]] = [
     PixArtLoader,
     PixArtT5Loader,
+    PixArtControlNetLoader,
+    PixArtControlNetApply,
     PixArtTextEncode,
     PixArtNullCaption,
     PixArtResolution,

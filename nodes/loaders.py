@@ -25,8 +25,8 @@ VARIANTS = ["auto", "alpha", "sigma"]
 DEVICES = ["default", "cpu"]
 
 
-def _check(check: Any, key: str, name: str | None) -> bool | str:
-    """True, or why the file cannot be loaded, told before the workflow starts."""
+def check_file(check: Any, key: str, name: str | None) -> bool | str:
+    """True, or why `check` says the file cannot be loaded, told before the workflow starts."""
     if name is None:
         return True
     try:
@@ -75,7 +75,7 @@ class PixArtLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None) -> bool | str:
-        return _check(check_transformer, "diffusion_models", model_name)
+        return check_file(check_transformer, "diffusion_models", model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name, **_) -> str:
@@ -113,7 +113,7 @@ class PixArtT5Loader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, t5_name=None) -> bool | str:
-        return _check(check_t5, "text_encoders", t5_name)
+        return check_file(check_t5, "text_encoders", t5_name)
 
     @classmethod
     def fingerprint_inputs(cls, t5_name, **_) -> str:

@@ -124,7 +124,7 @@ class HostTransformer(PixArtTransformer):
             out = patch({"img": tokens, "txt": caption, "transformer_options": options})
             tokens, caption = out["img"], out["txt"]
         inputs = HostInputs(self.shared_modulation(t), caption, mask, grid,
-                            host_attention(options), options, x)
+                            host_attention(options), options=options, latent=x)
         if control:
             tokens, inputs = self._run_range(tokens, inputs, 0, 1)
             inputs = self.steer(tokens, control, inputs, inputs.context)
