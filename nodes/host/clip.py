@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
@@ -17,13 +18,14 @@ import comfy.text_encoders.t5
 import comfy.utils
 import folder_paths
 import torch
-from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 from server import PromptServer
 from torch import Tensor
 
 from ...pixart_core.checkpoint.folder import neighbour_index
 from ...pixart_core.text.t5_file import T5Config, T5File, inspect_t5, read_t5
+from ...pixart_core.text.tokenizer import CaptionTokenizer
 from .files import fingerprint
+from .schema import known_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +51,35 @@ class TokenReport:
         return f"{self.used} tokens, the limit is {self.limit}; cut: {cut}"
 
 
-def load_clip(path: str, device: str = "default") -> comfy.sd.CLIP:
+def load_clip(path: str, device: str = "default", disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A CLIP from a T5 encoder file or folder; `device` "cpu" keeps it off the card.
 
     The released size goes through the host's own loader, quantised weights included; other sizes
-    are built from the same host classes. Raises CheckpointError that says what the file holds.
+    are built from the same host classes. `disable_dynamic` turns the host's dynamic memory
+    management off for this CLIP. Raises CheckpointError that says what the file holds.
     """
+    clip = _read_clip(path, device, disable_dynamic)
+    # how the host loads it once more, for hooks, other devices and without dynamic memory
+    clip.patcher.cached_patcher_init = (_load_patcher, (path, device))
+    return clip
+
+
+def _load_patcher(path: str, device: str,
+                  disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_clip(path, device, disable_dynamic).patcher
+
+
+def _read_clip(path: str, device: str, disable_dynamic: bool) -> comfy.sd.CLIP:
     options: dict[str, Any] = {}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     embeddings = folder_paths.get_folder_paths("embeddings")
-    stock = {"embedding_directory": embeddings, "clip_type": comfy.sd.CLIPType.PIXART,
-             "model_options": options}
     if inspect_t5(path).d_model != XXL_WIDTH:
-        return _build_clip(read_t5(path), embeddings, options)
+        return _build_clip(read_t5(path), embeddings, options, disable_dynamic)
+    stock = {"embedding_directory": embeddings, "clip_type": comfy.sd.CLIPType.PIXART,
+             "model_options": options,
+             **known_arguments(comfy.sd.load_text_encoder_state_dicts,
+                               {"disable_dynamic": disable_dynamic})}
     if os.path.isfile(path) and neighbour_index(Path(path)) is None:
         return comfy.sd.load_clip(ckpt_paths=[path], **stock)
     return comfy.sd.load_text_encoder_state_dicts([read_t5(path).state_dict], **stock)
@@ -118,20 +135,19 @@ def report_tokens(report: TokenReport, node_id: str | None) -> None:
         PromptServer.instance.send_progress_text(str(report), node_id)
 
 
-def _build_clip(file: T5File, embeddings: list[str], options: dict[str, Any]) -> comfy.sd.CLIP:
+def _build_clip(file: T5File, embeddings: list[str], options: dict[str, Any],
+                disable_dynamic: bool) -> comfy.sd.CLIP:
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(file),
                                                     _encoder_class(file.config))
-    options = {**options, "dtype": options.get("dtype") or _dtype(file.state_dict)}
-    arguments: dict[str, Any] = {
-        "embedding_directory": embeddings, "model_options": options,
-        "parameters": comfy.utils.calculate_parameters(file.state_dict),
-    }
     # since 0.4 the constructor loads the weights, for dynamic memory management
-    loads = "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters
-    if loads:
-        return comfy.sd.CLIP(target, state_dict=[file.state_dict], **arguments)
-    clip = comfy.sd.CLIP(target, **arguments)
-    clip.load_sd(file.state_dict)
+    loads = known_arguments(comfy.sd.CLIP, {"state_dict": [file.state_dict]})
+    clip = comfy.sd.CLIP(
+        target, embedding_directory=embeddings,
+        model_options={**options, "dtype": options.get("dtype") or _dtype(file.state_dict)},
+        parameters=comfy.utils.calculate_parameters(file.state_dict), **loads,
+        **known_arguments(comfy.sd.CLIP, {"disable_dynamic": disable_dynamic}))
+    if not loads:
+        clip.load_sd(file.state_dict)
     return clip
 
 
@@ -164,12 +180,34 @@ def _encoder_class(config: T5Config) -> type[comfy.sd1_clip.SD1ClipModel]:
     return TextModel
 
 
+class HostTokenizer:
+    """The engine's tokenizer as the host calls one, the end token behind every text.
+
+    Special tokens spelt out in a prompt ("</s>") are those tokens, as in the host's T5 XXL.
+    """
+
+    def __init__(self, tokenizer: CaptionTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, tokenizer: CaptionTokenizer) -> HostTokenizer:
+        return cls(tokenizer)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self.tokenizer.encode(text, sys.maxsize).ids}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.tokenizer.vocabulary
+
+
 def _tokenizer_class(file: T5File) -> type[comfy.sd1_clip.SD1Tokenizer]:
+    engine_tokenizer = file.tokenizer()
+
     class Tokenizer(comfy.sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory: Any = None, tokenizer_data: dict | None = None,
                      ) -> None:
             super().__init__(
-                file.spiece_model, tokenizer_class=SPieceTokenizer, pad_with_end=False,
+                engine_tokenizer, tokenizer_class=HostTokenizer, pad_with_end=False,
                 embedding_directory=embedding_directory, embedding_size=file.config.d_model,
                 embedding_key=NAME, has_start_token=False, pad_to_max_length=False,
                 max_length=99999999, min_length=1, pad_token=PAD,

@@ -155,6 +155,7 @@ def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dyn
                        dtypes=weight_dtypes(model.diffusion_model))
     patcher.cached_patcher_init = reload
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, _patch_tables)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, _drop_positions)
     logger.info("PixArt %s: %d blocks of width %d, %s, positions 0 to %g", config.variant,
                 config.depth, config.hidden_size, dtype, config.position_range)
     return patcher
@@ -197,6 +198,11 @@ def _patch_tables(patcher: comfy.model_patcher.ModelPatcher, device_to: Any = No
             if key in patcher.backup:
                 comfy.utils.set_attr_param(patcher.model, key, patcher.backup[key].weight)
             patcher.patch_weight_to_device(key, device_to=device_to)
+
+
+def _drop_positions(patcher: comfy.model_patcher.ModelPatcher, *_: Any) -> None:
+    """Position tables are no weights, so the host would leave them on the card."""
+    patcher.model.diffusion_model._position_tables.clear()
 
 
 def _patcher_class(disable_dynamic: bool) -> type[comfy.model_patcher.ModelPatcher]:

@@ -40,15 +40,16 @@ class TokenizedCaption:
 class CaptionTokenizer:
     """Turns prompts into T5 tokens; `pad_id`, `eos_id` and `unk_id` are read from the model.
 
-    `vocab_size` is one past the highest id that it can give. Make one with `from_path`,
-    `from_spiece` or `from_json`.
+    `vocabulary` holds the id of every piece, `vocab_size` is one past the highest. Make one with
+    `from_path`, `from_spiece` or `from_json`.
     """
 
     def __init__(self, tokens_of: Callable[[str], list[int]], *, pad_id: int, eos_id: int,
-                 unk_id: int, vocab_size: int) -> None:
+                 unk_id: int, vocabulary: dict[str, int]) -> None:
         self._tokens_of = tokens_of
         self.pad_id, self.eos_id, self.unk_id = pad_id, eos_id, unk_id
-        self.vocab_size = vocab_size
+        self.vocabulary = vocabulary
+        self.vocab_size = max(vocabulary.values()) + 1
 
     @classmethod
     def from_path(cls, path: str | Path, *, embedding_rows: int | None = None) -> CaptionTokenizer:
@@ -91,8 +92,9 @@ class CaptionTokenizer:
         specials = {processor.id_to_piece(i): i for i in named.values()}
         extra = EXTRA_IDS if (embedding_rows or 0) >= size + EXTRA_IDS else 0
         specials |= {f"<extra_id_{i}>": size + extra - 1 - i for i in range(extra)}
+        pieces = {processor.id_to_piece(i): i for i in range(size)}
         return cls(_split_at(specials, processor.EncodeAsIds), pad_id=named["pad"],
-                   eos_id=named["eos"], unk_id=named["unk"], vocab_size=size + extra)
+                   eos_id=named["eos"], unk_id=named["unk"], vocabulary=pieces | specials)
 
     @classmethod
     def from_json(cls, path: str | Path) -> CaptionTokenizer:
@@ -110,7 +112,7 @@ class CaptionTokenizer:
         _require_special(ids, str(path))
         return cls(lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
                    pad_id=ids["pad"], eos_id=ids["eos"], unk_id=ids["unk"],
-                   vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1)
+                   vocabulary=tokenizer.get_vocab(with_added_tokens=True))
 
     def encode(self, text: str, max_tokens: int) -> TokenizedCaption:
         """At most `max_tokens` ids, unpadded, the last of which is always the end token.
