@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from .control_image import fit_image
 from .load import load_transformer
-from .model import PixArtTransformer
+from .load_control import load_controlnet
+from .model import Control, PixArtControlNet, PixArtTransformer
+from .model.controlnet import check_fit, mode_weights
 from .sampling import add_noise, sample_dpm, sample_lcm, step_noise
 from .settings import PIXELS_PER_LATENT, Settings
 from .vae import LATENT_CHANNELS, VAE, load_vae
@@ -32,10 +36,14 @@ class Pipeline:
     Make one with `from_files`, or from modules that are loaded already.
     """
 
-    def __init__(self, transformer: PixArtTransformer, encoder: T5TextEncoder, vae: VAE) -> None:
+    def __init__(self, transformer: PixArtTransformer, encoder: T5TextEncoder, vae: VAE,
+                 controlnet: PixArtControlNet | None = None) -> None:
         self.transformer = transformer
         self.encoder = encoder
         self.vae = vae
+        self.controlnet = controlnet
+        if controlnet is not None:
+            check_fit(controlnet.config, transformer.config)
 
     @classmethod
     def from_files(
@@ -46,6 +54,7 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tokenizer: str | Path | None = None,
+        controlnet: str | Path | None = None,
         **fields: Any,
     ) -> Pipeline:
         """Load transformer, T5 and VAE from files or folders; nothing is downloaded.
@@ -54,7 +63,8 @@ class Pipeline:
         them. `dtype` is what transformer and T5 compute in: float32 on the CPU and bfloat16
         elsewhere unless given; the VAE is always float32, for SDXL's overflows in float16.
         `device` is CUDA where there is one. `tokenizer` (a spiece.model, a tokenizer.json or a
-        folder with one) is for T5 files that bring none. `fields` override the model's config
+        folder with one) is for T5 files that bring none. `controlnet` is a ControlNet for the
+        transformer, which `generate` gives a control image. `fields` override the model's config
         (`num_heads=6`, `variant="alpha"`).
 
         Raises CheckpointError (a ValueError) for files that cannot be used, ValueError for
@@ -77,7 +87,11 @@ class Pipeline:
             raise ValueError(f"{Path(t5 or transformer).name} gives captions "
                              f"{encoder.caption_channels} wide, {Path(transformer).name} reads "
                              f"{model.config.caption_channels}; load the T5 that belongs to it")
-        return cls(model, encoder, autoencoder)
+        control = None
+        if controlnet is not None:
+            control = load_controlnet(controlnet, dtype=dtype, device=device,
+                                      num_heads=model.config.num_heads)
+        return cls(model, encoder, autoencoder, control)
 
     @property
     def config(self):
@@ -103,6 +117,11 @@ class Pipeline:
         image: Image | None = None,
         clean_caption: bool = True,
         max_tokens: int | None = None,
+        control_image: Image | None = None,
+        control_strength: float = 1.0,
+        control_mode: str = "balanced",
+        control_start: float = 0.0,
+        control_end: float = 1.0,
         callback: Callback | None = None,
     ) -> Image | list[Image]:
         """Draw one picture per prompt: a PIL image for a string, a list for a list.
@@ -113,7 +132,10 @@ class Pipeline:
         negative prompt (by default the empty one) beside the prompt, in one batch. `image` with
         `strength` below 1 starts from a picture, cropped and resized to the size. The noise is
         drawn on the CPU, so a seed gives the same picture as ComfyUI's KSampler with "dpmpp_2m"
-        and "simple". `callback(step, total, denoised latents)` follows every step, from 1.
+        and "simple". `control_image` (white edges on black for the released ControlNets) steers
+        the part of the schedule from `control_start` to `control_end`, 0 to 1, where the pipeline
+        has a ControlNet; `control_mode` as in `mode_weights`. `callback(step, total, denoised
+        latents)` follows every step, from 1.
 
         Raises ValueError for settings that cannot be followed.
         """
@@ -122,22 +144,25 @@ class Pipeline:
             raise ValueError("no prompts were given; for the empty prompt pass [\"\"]")
         requests = [
             Settings(text, negative_prompt, height, width, steps, guidance, seed, sampler,
-                     lcm_grid, strength, clean_caption, max_tokens)
+                     lcm_grid, strength, clean_caption, max_tokens, control_strength,
+                     control_mode, control_start, control_end)
             for text in prompts
         ]
-        pictures = self.run(requests[0].resolve(self.config), prompts, image, callback)
+        pictures = self.run(requests[0].resolve(self.config), prompts, image, callback,
+                            control_image)
         return pictures[0] if isinstance(prompt, str) else pictures
 
     @torch.inference_mode()
     def run(self, settings: Settings, prompts: list[str] | None = None,
-            image: Image | None = None, callback: Callback | None = None) -> list[Image]:
+            image: Image | None = None, callback: Callback | None = None,
+            control_image: Image | None = None) -> list[Image]:
         """Draw resolved settings: one picture for each of `prompts` (or for settings.prompt)."""
         if settings.strength < 1 and image is None:
             raise ValueError(f"strength {settings.strength} needs an image to start from")
         prompts = prompts or [settings.prompt]
         timesteps = settings.timesteps()
         x = self._start(settings, len(prompts), timesteps[0], image)
-        predict = self._predictor(settings, prompts)
+        predict = self._predictor(settings, prompts, self._control(settings, control_image))
         total = len(timesteps)
 
         def report(i: int, denoised: Tensor) -> None:
@@ -176,7 +201,20 @@ class Pipeline:
         device = self._device()
         return states.to(device), None if bool(mask.all()) else mask.to(device)
 
-    def _predictor(self, settings: Settings, prompts: list[str]) -> Callable[[Tensor, int], Tensor]:
+    def _control(self, settings: Settings, image: Image | None) -> Control | None:
+        """The ControlNet with its encoded image; None without an image."""
+        if image is None:
+            return None
+        if self.controlnet is None:
+            raise ValueError("a control image was given, but this pipeline has no ControlNet; load "
+                             "one with controlnet=...")
+        pixels = fit_image(_pixels(image), settings.height, settings.width)
+        latent = self.vae.encode(pixels).to(self._device())
+        weights = mode_weights(settings.control_mode, self.controlnet.config.depth)
+        return Control(self.controlnet, latent, settings.control_strength, weights)
+
+    def _predictor(self, settings: Settings, prompts: list[str],
+                   control: Control | None = None) -> Callable[[Tensor, int], Tensor]:
         """eps(x, t), guided where guidance is above 1 (classifier-free, arXiv 2207.12598)."""
         guided = settings.guidance > 1
         if settings.negative_prompt and not guided:
@@ -189,12 +227,15 @@ class Pipeline:
         size = torch.tensor([[settings.height, settings.width]], dtype=torch.float32,
                             device=device).expand(batch, 2)
         ratio = size[:, :1] / size[:, 1:]
+        if control is not None and guided and settings.control_mode == "control":
+            control = dataclasses.replace(control, rows=slice(len(prompts), None))
 
         def predict(x: Tensor, t: int) -> Tensor:
             batched = torch.cat([x, x]) if guided else x
             timestep = torch.full((batch,), t, device=device)
+            steered = (control,) if control is not None and settings.controls(t) else ()
             out = self.transformer(batched, timestep, prepared, image_size=size,
-                                   aspect_ratio=ratio)
+                                   aspect_ratio=ratio, control=steered)
             eps = out[:, :LATENT_CHANNELS].float()
             if not guided:
                 return eps
@@ -206,14 +247,27 @@ class Pipeline:
 
 def _to_pixels(image: Image, height: int, width: int) -> Tensor:
     """A PIL image, centre-cropped and resized, as (1, 3, H, W) in 0..1."""
-    import numpy
     from PIL import Image as PILImage
     from PIL import ImageOps
 
+    fitted = ImageOps.fit(_checked(image), (width, height), PILImage.Resampling.LANCZOS)
+    return _pixels(fitted)
+
+
+def _pixels(image: Image) -> Tensor:
+    """A PIL image as (1, 3, H, W) in 0..1."""
+    import numpy
+
+    return torch.from_numpy(numpy.array(_checked(image))).permute(2, 0, 1)[None].float() / 255
+
+
+def _checked(image: Image) -> Image:
+    """The picture in RGB; ValueError for anything that is no PIL image."""
+    from PIL import Image as PILImage
+
     if not isinstance(image, PILImage.Image):
         raise ValueError(f"image is a {type(image).__name__}; a PIL image was expected")
-    fitted = ImageOps.fit(image.convert("RGB"), (width, height), PILImage.Resampling.LANCZOS)
-    return torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1)[None].float() / 255
+    return image.convert("RGB")
 
 
 def _to_pictures(images: Tensor) -> list[Image]:

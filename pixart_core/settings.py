@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .config import PixArtConfig
+from .model.controlnet import CONTROL_MODES
 from .resolution import MAX_SIDE
 from .sampling import dpm_timesteps, lcm_timesteps
+from .sampling.schedule import NUM_TRAIN_TIMESTEPS
 
 Sampler = Literal["auto", "dpm", "lcm"]
 
@@ -40,6 +42,10 @@ class Settings:
     strength: float = 1.0
     clean_caption: bool = True
     max_tokens: int | None = None
+    control_strength: float = 1.0
+    control_mode: str = "balanced"
+    control_start: float = 0.0
+    control_end: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -67,6 +73,14 @@ class Settings:
             raise ValueError(f"max_tokens is {self.max_tokens!r}; use 1 or more")
         if not (_is_number(self.strength) and 0 < self.strength <= 1):
             raise ValueError(f"strength is {self.strength!r}; use a number above 0 and at most 1")
+        if self.control_mode not in CONTROL_MODES:
+            raise ValueError(f"control_mode is {self.control_mode!r}; use one of {CONTROL_MODES}")
+        if not (_is_number(self.control_strength) and 0 <= self.control_strength < math.inf):
+            raise ValueError(f"control_strength is {self.control_strength!r}; use 0 or more")
+        span = (self.control_start, self.control_end)
+        if not (all(map(_is_number, span)) and 0 <= span[0] <= span[1] <= 1):
+            raise ValueError(f"control_start and control_end are {span[0]!r} and {span[1]!r}; use "
+                             "two numbers from 0 to 1, the smaller one first")
         if self.steps is not None:
             if not _is_int(self.steps):
                 raise ValueError(f"steps is {self.steps!r}; a whole number was expected")
@@ -77,6 +91,11 @@ class Settings:
         if self.sampler == "lcm":
             return lcm_timesteps(self.steps, grid=self.lcm_grid, strength=self.strength)
         return dpm_timesteps(self.steps, strength=self.strength)
+
+    def controls(self, t: int) -> bool:
+        """Whether the ControlNet steers at timestep `t`; 0 to 1 runs from 999 down to 0."""
+        last = NUM_TRAIN_TIMESTEPS - 1
+        return (1 - self.control_end) * last <= t <= (1 - self.control_start) * last
 
     def resolve(self, config: PixArtConfig) -> Settings:
         """These settings with every None filled in for the model of `config`.

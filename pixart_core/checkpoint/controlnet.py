@@ -138,10 +138,10 @@ def detect_controlnet(parts: ControlNetParts, metadata: Mapping[str, str] | None
 
 def _trained_for(base: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
     """variant and image_size of a base model, as far as it tells them."""
+    tells_size = "pos_embed" in base or any("csize_embedder." in name for name in base)
     try:
-        whole = detect_config(base, num_heads=heads)
+        whole = detect_config(base, num_heads=heads, image_size=None if tells_size else 1024)
     except ValueError as error:
         logger.info("the base model in the ControlNet's file is not complete: %s", error)
         return {}
-    tells_size = "pos_embed" in base or whole.micro_conditioning
     return {"variant": whole.variant, **({"image_size": whole.image_size} if tells_size else {})}

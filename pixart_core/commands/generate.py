@@ -17,10 +17,11 @@ from rich.progress import (
 )
 
 from .. import __version__
+from ..model.controlnet import CONTROL_MODES
 from ..png import check_png_path, read_settings, write_png
 from ..settings import GRIDS, SAMPLERS, Settings
 from .common import DTYPES, console, errors, one_of, parse_fields, plain_errors
-from .sources import Sources, choose_files, compare_hashes, file_hashes
+from .sources import Sources, choose_files, compare_hashes, file_hashes, with_control
 
 _Flag = typer.Option
 _RECORDED = tuple(f.name for f in dataclasses.fields(Settings))
@@ -56,6 +57,20 @@ def generate(
     image: Annotated[Path | None, _Flag(help="A picture to start from.")] = None,
     strength: Annotated[float | None, _Flag(
         help="How much of --image is redrawn, above 0 and at most 1. [1]")] = None,
+    controlnet: Annotated[Path | None, _Flag(
+        help="A PixArt ControlNet: a file or a folder. Needs --control-image.")] = None,
+    control_image: Annotated[Path | None, _Flag(
+        help="What steers the picture: for the released ControlNets white edges on black.")] = None,
+    hed: Annotated[Path | None, _Flag(
+        help="ControlNetHED.pth: --control-image is a photo, its edges are found first.")] = None,
+    control_strength: Annotated[float | None, _Flag(
+        help="Multiplies what the ControlNet adds. [1]")] = None,
+    control_mode: Annotated[str | None, _Flag(
+        help="balanced, prompt or control (which of them matters more). [balanced]")] = None,
+    control_start: Annotated[float | None, _Flag(
+        help="The part of the schedule, 0 to 1, where control begins. [0]")] = None,
+    control_end: Annotated[float | None, _Flag(
+        help="The part of the schedule where control ends. [1]")] = None,
     max_tokens: Annotated[int | None, _Flag(
         help="Caption tokens to read. [the model's own limit]")] = None,
     clean: Annotated[bool | None, _Flag(
@@ -86,6 +101,8 @@ def generate(
             one_of("--sampler", sampler, SAMPLERS)
         if grid is not None:
             one_of("--grid", grid, GRIDS)
+        if control_mode is not None:
+            one_of("--control-mode", control_mode, CONTROL_MODES)
         if strength is not None and strength != 1 and image is None:
             raise typer.BadParameter("--strength needs --image")
         if ignore_hashes and like is None:
@@ -95,7 +112,9 @@ def generate(
             "prompt": prompt, "negative_prompt": negative, "height": height, "width": width,
             "steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler,
             "lcm_grid": grid, "strength": strength, "clean_caption": clean,
-            "max_tokens": max_tokens,
+            "max_tokens": max_tokens, "control_strength": control_strength,
+            "control_mode": control_mode, "control_start": control_start,
+            "control_end": control_end,
         }
         settings = _settings(recorded, given)
         if settings.strength < 1 and image is None:
@@ -103,6 +122,7 @@ def generate(
         target = check_png_path(out) if out else _free_name()
         overrides = {**recorded.get("fields", {}), **parse_fields(fields)}
         sources = choose_files(model, t5, tokenizer, vae, lcm, image, recorded)
+        sources = with_control(sources, controlnet, control_image, hed)
         hashes = file_hashes(sources)
         if like and not ignore_hashes:
             compare_hashes(hashes, recorded.get("files"), like)
@@ -156,12 +176,14 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
         task = progress.add_task("loading", total=None)
         pipeline = Pipeline.from_files(
             transformer=sources.transformer, t5=sources.t5, vae=sources.vae,
-            tokenizer=sources.tokenizer, dtype=DTYPES[dtype], device=device, **overrides)
+            tokenizer=sources.tokenizer, controlnet=sources.controlnet, dtype=DTYPES[dtype],
+            device=device, **overrides)
         settings = settings.resolve(pipeline.config)
         progress.update(task, description="drawing", total=len(settings.timesteps()))
         picture = pipeline.run(
             settings, image=sources.open_image(),
-            callback=lambda step, total, _: progress.update(task, completed=step))[0]
+            callback=lambda step, total, _: progress.update(task, completed=step),
+            control_image=sources.open_control_image())[0]
     record = {**settings.as_dict(), "fields": overrides, "dtype": dtype, "device": device.type,
               "files": hashes, "versions": _versions()}
     write_png(target, picture, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from ..starter import find_starter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+TILE = 1024  # pixels of the squares that edges of large pictures are found in
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -25,18 +28,60 @@ class Sources:
     tokenizer: Path | None
     image: Path | None
     starter: bool = False
+    controlnet: Path | None = None
+    control_image: Path | None = None
+    hed: Path | None = None
 
     def open_image(self) -> Image | None:
         """The picture to start from; ValueError when it cannot be read as one."""
-        if self.image is None:
-            return None
-        from PIL import Image
+        return None if self.image is None else _open(self.image)
 
-        try:
-            with Image.open(self.image) as image:
-                return image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{self.image} cannot be read as a picture: {error}") from error
+    def open_control_image(self) -> Image | None:
+        """The control image: the edges of the picture where a HED file was named."""
+        if self.control_image is None:
+            return None
+        picture = _open(self.control_image)
+        return picture if self.hed is None else _edges(picture, self.hed)
+
+
+def _open(path: Path) -> Image:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _edges(picture: Image, hed: Path) -> Image:
+    import numpy
+    import torch
+    from PIL import Image
+
+    from ..model.hed import HEDDetector
+
+    pixels = torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        edges = HEDDetector.from_path(hed)(pixels, tile=TILE)[0, 0]
+    return Image.fromarray((edges * 255).round().to(torch.uint8).numpy()).convert("RGB")
+
+
+def with_control(sources: Sources, controlnet: Path | None, control_image: Path | None,
+                 hed: Path | None) -> Sources:
+    """`sources` with a ControlNet and what it looks at.
+
+    Raises BadParameter when one is named without the other, ValueError for missing files.
+    """
+    for path in (controlnet, control_image, hed):
+        if path is not None and not path.exists():
+            raise ValueError(f"{path} does not exist")
+    if (controlnet is None) != (control_image is None):
+        raise typer.BadParameter("--controlnet and --control-image need each other")
+    if hed is not None and control_image is None:
+        raise typer.BadParameter("--hed needs --control-image, whose edges it finds")
+    return dataclasses.replace(sources, controlnet=controlnet, control_image=control_image,
+                               hed=hed)
 
 
 def choose_files(model: Path | None, t5: Path | None, tokenizer: Path | None, vae: Path | None,
@@ -68,7 +113,9 @@ def choose_files(model: Path | None, t5: Path | None, tokenizer: Path | None, va
 def file_hashes(sources: Sources) -> dict[str, dict[str, str]]:
     """Name and SHA-256 of every file or folder, as a picture keeps them; no paths."""
     paths = {"transformer": sources.transformer, "t5": sources.t5, "vae": sources.vae,
-             "tokenizer": sources.tokenizer, "image": sources.image}
+             "tokenizer": sources.tokenizer, "image": sources.image,
+             "controlnet": sources.controlnet, "control_image": sources.control_image,
+             "hed": sources.hed}
     return {part: {"name": path.name, "sha256": sha256_file(path)}
             for part, path in paths.items() if path is not None}
 
@@ -94,4 +141,4 @@ def compare_hashes(now: dict[str, dict[str, str]], then: Any, picture: Path) -> 
 
 
 def _option(part: str) -> str:
-    return "model" if part == "transformer" else part
+    return "model" if part == "transformer" else part.replace("_", "-")

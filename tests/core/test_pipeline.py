@@ -267,7 +267,7 @@ def test_size_and_ratio_reach_a_model_that_wants_them(pipe):
         def prepare_caption(self, caption, mask):
             return caption
 
-        def forward(self, x, timestep, caption, image_size, aspect_ratio):
+        def forward(self, x, timestep, caption, image_size, aspect_ratio, control):
             calls.append((image_size, aspect_ratio, timestep))
             return torch.cat([x, x], dim=1)
 

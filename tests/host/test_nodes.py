@@ -10,7 +10,8 @@ import pixart_core as pc
 from pixart_core.starter import find_starter
 
 STARTER = find_starter()
-NODE_IDS = ["PixArtLCMSampler", "PixArtLCMSchedule", "PixArtLoader", "PixArtNullCaption",
+NODE_IDS = ["PixArtControlNetApply", "PixArtControlNetLoader", "PixArtHEDEdges", "PixArtHint",
+            "PixArtLCMSampler", "PixArtLCMSchedule", "PixArtLoader", "PixArtNullCaption",
             "PixArtResolution", "PixArtT5Loader", "PixArtTextEncode"]
 
 
@@ -41,7 +42,8 @@ def test_every_socket_has_a_tooltip(host):
 
 def test_only_core_socket_types(host):
     """Every socket fits a stock node."""
-    core = {"MODEL", "CLIP", "CONDITIONING", "LATENT", "SAMPLER", "SIGMAS", "INT"}
+    core = {"MODEL", "CLIP", "CONDITIONING", "LATENT", "SAMPLER", "SIGMAS", "INT", "IMAGE",
+            "CONTROL_NET"}
     outputs = {kind for node in pixart_nodes(host).values() for kind in node["output"]}
     assert outputs <= core
 
