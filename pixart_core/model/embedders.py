@@ -110,7 +110,8 @@ class CaptionEmbedder(nn.Module):
     """T5 states to the hidden width: (B, L, caption_channels) -> (B, L, C).
 
     `y_embedding` is the learned null caption, (max_tokens, caption_channels), in the space of T5
-    states: it goes through the same projection as a caption. None for files that lack it.
+    states: it goes through the same projection as a caption. None for files that lack it. It is
+    an input and no weight, so it stays float32, which holds every stored value, in any model.
     """
 
     y_embedding: Tensor | None
@@ -119,6 +120,7 @@ class CaptionEmbedder(nn.Module):
                  null_caption: bool, operations: Any, **factory: Any) -> None:
         super().__init__()
         self.y_proj = FeedForward(caption_channels, hidden_size, hidden_size, operations, **factory)
+        factory["dtype"] = torch.float32
         table = torch.zeros(max_tokens, caption_channels, **factory) if null_caption else None
         self.register_buffer("y_embedding", table)
 

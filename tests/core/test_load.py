@@ -138,6 +138,20 @@ def test_eight_bit_floats_become_bfloat16(make_weights, caplog) -> None:
     assert kept["blocks.0.mlp.fc1.weight"].dtype is torch.float8_e4m3fn
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_the_null_caption_keeps_its_values_in_any_dtype(dtype, make_weights, tmp_path) -> None:
+    """It is an input: rounded to 8 bits it would be another caption. A saved file holds it too."""
+    name = "y_embedder.y_embedding"
+    weights = {k: v.half() for k, v in make_weights().items()}
+    model = load_transformer(weights, dtype=dtype, num_heads=4)
+    assert model.blocks[0].mlp.fc1.weight.dtype is dtype
+    assert torch.equal(model.null_caption, weights[name].float())
+    write_checkpoint(tmp_path / "saved.safetensors",
+                     {k: v.half() for k, v in model.state_dict().items()}, {})
+    saved, _ = open_transformer(tmp_path / "saved.safetensors", num_heads=4)
+    assert torch.equal(saved[name], weights[name])
+
+
 def test_main_dtype_counts_matrices() -> None:
     mixed = {"a": torch.zeros(2, 2).half(), "b": torch.zeros(2, 2).half(), "c": torch.zeros(2, 2),
              **{f"bias{i}": torch.zeros(2) for i in range(9)}}
