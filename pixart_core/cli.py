@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from .extras import how_to_install
+
 __all__ = ["app"]
 
 try:
@@ -15,7 +17,7 @@ except ModuleNotFoundError as error:
     def app() -> None:
         """Stand in for the command where typer or rich is missing."""
         sys.stderr.write(f"pixart needs {_missing}, which is not installed: "
-                         "pip install 'pixart-delta[cli]'\n")
+                         f"{how_to_install('cli')}\n")
         raise SystemExit(1)
 else:
     from .commands import app
