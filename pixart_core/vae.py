@@ -25,7 +25,6 @@ DOWNSCALE = 8
 TILE_ABOVE = 2048 * 2048
 
 _WHOLE = "first_stage_model."
-_TINY_ENCODER = {"0.weight", "1.conv.0.weight", "14.weight"}
 
 
 class VAE:
@@ -110,8 +109,6 @@ def load_vae(path: str | Path, variant: Variant, dtype: torch.dtype = torch.floa
     source = Path(path).name
     if any(name.startswith(_WHOLE) for name in checkpoint.state_dict):
         kind = "vae"  # a whole Stable Diffusion checkpoint carries one
-    elif checkpoint.state_dict.keys() >= _TINY_ENCODER:
-        kind = "taesd"
     else:
         kind = require_kind(checkpoint.state_dict, ("vae", "taesd"), source)
     build = _tiny if kind == "taesd" else _kl

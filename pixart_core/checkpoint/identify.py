@@ -72,6 +72,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("taesd", "a TAESD preview VAE", _USE_VAE, (r"taesd_(decoder|encoder)\.",)),
     Kind("taesd", "a TAESD preview VAE", _USE_VAE, (r"(decoder|encoder)\.layers\.\d+\.",)),
     Kind("taesd", "a TAESD preview VAE", _USE_VAE, (r"1\.(weight|bias)$", r"3\.conv\.0\.weight$")),
+    Kind("taesd", "a TAESD preview VAE", _USE_VAE, (r"0\.weight$", r"1\.conv\.0\.weight$")),
     Kind("vae", "a VAE", _USE_VAE, (r"(decoder|encoder)\.conv_in\.",)),
     Kind("hed", "a HED edge detector", "it makes the edge pictures for a PixArt ControlNet: choose "
          "it on PixArt HED Edges", (r"block1\.convs\.0\.", r"block5\.projection\.")),

@@ -164,9 +164,15 @@ def _vae(checkpoint: Checkpoint) -> list[Row]:
 
 def _tiny(checkpoint: Checkpoint) -> list[Row]:
     tensors = checkpoint.state_dict
+    # a file of one half has no part in its names; only an encoder begins at layer 0
+    half = {"0.weight": "encoder", "1.weight": "decoder"}
     parts = [part for part in ("encoder", "decoder")
-             if any(name.startswith((f"taesd_{part}.", f"{part}.")) for name in tensors)]
-    rows = [Row("parts", " and ".join(parts) or "one half", "tensor names")]
+             if any(name.startswith((f"taesd_{part}.", f"{part}.")) for name in tensors)
+             or any(half.get(name) == part for name in tensors)]
+    rows = [Row("parts", " and ".join(parts), "tensor names")]
+    if len(parts) == 1:
+        other = "decoder" if parts == ["encoder"] else "encoder"
+        rows.append(Row("other half", f"belongs beside it, as taesd_{other}.safetensors"))
     return rows + [Row(name, f"{tensors[name].item():g}", "tensor")
                    for name in ("vae_scale", "vae_shift") if name in tensors]
 

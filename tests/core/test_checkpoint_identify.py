@@ -46,6 +46,13 @@ def empty(names: list[str]) -> dict[str, torch.Tensor]:
     return dict.fromkeys(names, torch.zeros(1))
 
 
+@pytest.mark.parametrize("names", [["0.weight", "0.bias", "1.conv.0.weight", "2.weight"],
+                                   ["1.weight", "1.bias", "3.conv.0.weight", "7.weight"]])
+def test_half_of_a_taesd(names) -> None:
+    """Files of an encoder or a decoder alone are numbered and say no more."""
+    assert identify(empty(names)) == "taesd"
+
+
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_foreign_files(kind) -> None:
     assert identify(empty(FOREIGN[kind])) == kind

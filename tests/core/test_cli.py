@@ -186,6 +186,19 @@ def test_inspect_says_what_a_file_is(run, path, words):
         assert word in result.stdout, result.stdout
 
 
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_inspect_half_of_a_taesd(run, half):
+    """Protects taesd_encoder and taesd_decoder files, whose tensors have numbers for names."""
+    whole = load_file(ROOT / "starter" / "vae" / "vae_starter.safetensors")
+    save_file({name.removeprefix(f"taesd_{half}."): tensor for name, tensor in whole.items()
+               if name.startswith(f"taesd_{half}.")}, "part.safetensors")
+    result = run("inspect", "part.safetensors")
+    assert result.exit_code == 0
+    other = {"encoder": "decoder", "decoder": "encoder"}[half]
+    for words in ("TAESD", half, f"taesd_{other}.safetensors"):
+        assert words in result.output
+
+
 def test_inspect_other_kinds(run):
     """Protects `inspect` on LoRA, ControlNet, VAE, strangers and files without a head count."""
     save_file({"transformer.blocks.0.attn.qkv.lora_A.weight": torch.zeros(8, 16),
@@ -299,3 +312,4 @@ def test_without_typer_the_command_says_how_to_get_it():
                           timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "typer" in done.stderr and "pip install" in done.stderr
+    assert "pixart-delta" not in done.stderr  # no package of that name is published
