@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,14 +20,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .host_server import (
+    REPOSITORY,
+    Graph,
+    Host,
+    Node,
+    add_comfyui_option,
+    find_installation,
+    started,
+)
 from .scenes import Scene, caption, sample_scene
 from .score import ATTRIBUTES, report
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests" / "host"))  # the host tests' client and launcher
-
-from client import Graph, Host, Node  # noqa: E402
-from launch import HostMissingError, find_host, running_host  # noqa: E402
 
 STARTER = {"diffusion_models": ("pixart_starter", "pixart_starter_lcm"),
            "text_encoders": ("t5_starter",), "vae": ("vae_starter",)}
@@ -108,29 +109,20 @@ def _to_tensor(picture: Image.Image) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_starter", description=__doc__)
-    parser.add_argument("--comfyui", help="its folder; default COMFYUI_PATH or ~/comfy/ComfyUI")
+    add_comfyui_option(parser)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seed", type=int, default=2024, help="names the set of held-out scenes")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use the graphics card")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     options = parser.parse_args(arguments)
-    environ = dict(os.environ)
-    if options.comfyui:
-        environ["COMFYUI_PATH"] = options.comfyui
-    try:
-        installation = find_host(environ)
-    except HostMissingError as reason:
-        parser.error(str(reason))
+    installation = find_installation(parser, options.comfyui)
 
     scenes, texts = held_out_prompts(options.prompts, options.seed)
     scores = {}
     print(f"ComfyUI {installation.version}, {options.prompts} held-out prompts, "
           f"seed {options.seed}")
     print(f"{'':45}{'all':>7}" + "".join(f"{name:>7}" for name in ATTRIBUTES) + "  s/picture")
-    with tempfile.TemporaryDirectory() as base, running_host(
-        installation, Path(base), {"ComfyUI-PixArt-Delta": REPOSITORY},
-        extra_args=() if options.gpu else ("--cpu",),
-    ) as host:
+    with started(installation, () if options.gpu else ("--cpu",)) as host:
         for folder, names in STARTER.items():
             for name in names:
                 host.add_model(folder, REPOSITORY / "starter" / folder / f"{name}.safetensors")

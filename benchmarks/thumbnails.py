@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from .host_server import (
+    REPOSITORY,
+    Host,
+    add_comfyui_option,
+    find_installation,
+    load,
+    started,
+    to_api,
+)
+
 TEMPLATES = REPOSITORY / "workflows"
-sys.path.insert(0, str(REPOSITORY / "tests" / "host"))  # the host tests' client and launcher
-
-from client import Host  # noqa: E402
-from launch import HostMissingError, find_host, running_host  # noqa: E402
-from workflow import load, to_api  # noqa: E402
-
 SIDE = 400
 MAX_BYTES = 30_000
 EXAMPLE = "example.png"  # in the input folder of every ComfyUI
@@ -59,21 +59,12 @@ def write_thumbnail(picture: Image.Image, target: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.thumbnails", description=__doc__)
-    parser.add_argument("--comfyui", help="its folder; default COMFYUI_PATH or ~/comfy/ComfyUI")
+    add_comfyui_option(parser)
     parser.add_argument("names", nargs="*", help="templates without .json; default all")
     options = parser.parse_args(arguments)
-    environ = dict(os.environ)
-    if options.comfyui:
-        environ["COMFYUI_PATH"] = options.comfyui
-    try:
-        installation = find_host(environ)
-    except HostMissingError as reason:
-        parser.error(str(reason))
-
+    installation = find_installation(parser, options.comfyui)
     paths = [TEMPLATES / f"{name}.json" for name in options.names]
-    with tempfile.TemporaryDirectory() as base, running_host(
-        installation, Path(base), {"ComfyUI-PixArt-Delta": REPOSITORY},
-    ) as host:
+    with started(installation) as host:
         host.upload(Image.open(installation.path / "input" / EXAMPLE), EXAMPLE)
         object_info = host.object_info()
         for path in paths or sorted(TEMPLATES.glob("*.json")):
