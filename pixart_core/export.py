@@ -1,4 +1,4 @@
-"""Writing a transformer as the folder diffusers' `from_pretrained` reads."""
+"""Writing transformers and ControlNets as the folders diffusers' `from_pretrained` reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import write_checkpoint
-from .config import METADATA_KEY, PixArtConfig
+from .config import METADATA_KEY, ControlNetConfig, PixArtConfig
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -67,8 +67,22 @@ def write_diffusers_folder(folder: str | Path, state_dict: Mapping[str, Tensor],
     Raises ValueError as `diffusers_config` does, CheckpointError when the folder cannot be
     written.
     """
-    text = json.dumps(diffusers_config(config), indent=2) + "\n"
-    folder = Path(folder)
+    _write_folder(Path(folder), state_dict, diffusers_config(config), config.to_json())
+
+
+def write_controlnet_folder(folder: str | Path, state_dict: Mapping[str, Tensor],
+                            config: ControlNetConfig) -> None:
+    """Write a ControlNet under diffusers' names, as its research adapter reads it.
+
+    Raises CheckpointError when the folder cannot be written.
+    """
+    beside = {"_class_name": "PixArtControlNetAdapterModel", "num_layers": config.depth}
+    _write_folder(Path(folder), state_dict, beside, config.to_json())
+
+
+def _write_folder(folder: Path, state_dict: Mapping[str, Tensor], beside: Mapping[str, Any],
+                  header: str) -> None:
+    text = json.dumps(beside, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".config.json.{secrets.token_hex(4)}.part"
     try:
@@ -76,5 +90,4 @@ def write_diffusers_folder(folder: str | Path, state_dict: Mapping[str, Tensor],
         os.replace(temporary, folder / "config.json")
     finally:
         temporary.unlink(missing_ok=True)
-    write_checkpoint(folder / WEIGHTS_NAME, state_dict,
-                     {METADATA_KEY: config.to_json(), "format": "pt"})
+    write_checkpoint(folder / WEIGHTS_NAME, state_dict, {METADATA_KEY: header, "format": "pt"})

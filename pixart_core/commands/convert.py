@@ -1,8 +1,9 @@
-"""`pixart convert`: a PixArt transformer from any file to a safetensors file or folder."""
+"""`pixart convert`: PixArt models from any file to a safetensors file or folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,15 @@ from ..checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from ..checkpoint.identify import require_kind
+from ..checkpoint.identify import identify, require_kind
 from ..config import METADATA_KEY, PixArtConfig
 from ..export import write_diffusers_folder
 from ..load import open_transformer
+from ..load_control import CONTROLNET_KINDS
 from .common import DTYPES, console, one_of, parse_fields, plain_errors
+from .convert_control import write_control, write_hed
+
+TRANSFORMER_KINDS = ("pixart", "pixart-diffusers")
 
 
 def convert(
@@ -38,8 +43,14 @@ def convert(
         "--ema", help="Take the averaged weights of a training file.")] = False,
     fields: Annotated[list[str] | None, typer.Option(
         "--set", help="A config field that the file does not tell, such as num_heads=6.")] = None,
+    base: Annotated[Path | None, typer.Option(
+        help="For an original ControlNet: a transformer to compare the base in it with.")] = None,
 ) -> None:
-    """Convert a PixArt transformer; its config is written into the result."""
+    """Convert a PixArt transformer, ControlNet or HED network.
+
+    The config is written into the result. Of a ControlNet file that carries a whole base model,
+    the ControlNet alone is kept.
+    """
     with plain_errors():
         if to is not None:
             one_of("--to", to, ("native", "diffusers"))
@@ -50,23 +61,46 @@ def convert(
                                      "in .safetensors")
         if target.exists() and target.resolve() == source.resolve():
             raise typer.BadParameter("OUT is IN; write to another file")
-        weights, config = _open(source, ema, parse_fields(fields))
         to = to or ("diffusers" if folder else "native")
-        tensors = _cast(convert_state_dict(weights, to=to), dtype)
-        if folder:
-            write_diffusers_folder(target, tensors, config)
+        cast = functools.partial(_cast, dtype=dtype)
+        kind = _kind(source)
+        if base is not None and kind not in CONTROLNET_KINDS:
+            raise typer.BadParameter(f"--base is for ControlNets; {source.name} is none")
+        if ema and kind not in TRANSFORMER_KINDS:
+            raise typer.BadParameter(f"--ema is for transformers; {source.name} is none")
+        if kind in CONTROLNET_KINDS:
+            count, said = write_control(source, target, to, cast, base, parse_fields(fields),
+                                        folder)
+            for line in said:
+                console.print(line, highlight=False, soft_wrap=True)
+        elif kind == "hed":
+            if folder or to == "diffusers" or fields:
+                raise typer.BadParameter("a HED network has one layout and no fields; let OUT end "
+                                         "in .safetensors")
+            count = write_hed(source, target, cast)
         else:
-            write_checkpoint(target, tensors, {METADATA_KEY: config.to_json(), "format": "pt"})
-        count = sum(t.numel() for t in tensors.values())
+            weights, config = _open(source, ema, parse_fields(fields))
+            tensors = cast(convert_state_dict(weights, to=to))
+            if folder:
+                write_diffusers_folder(target, tensors, config)
+            else:
+                write_checkpoint(target, tensors,
+                                 {METADATA_KEY: config.to_json(), "format": "pt"})
+            count = sum(t.numel() for t in tensors.values())
         console.print(f"{target}  ({count:,} parameters, {to} names)", highlight=False,
                       soft_wrap=True)
+
+
+def _kind(source: Path) -> str:
+    inner = "controlnet" if (source / "controlnet").is_dir() else None
+    return identify(read_checkpoint(source, subfolder=inner).state_dict)
 
 
 def _open(source: Path, ema: bool, fields: dict[str, Any],
           ) -> tuple[dict[str, Tensor], PixArtConfig]:
     """Checked weights under native names, and their config."""
     checkpoint = read_checkpoint(source, prefer_ema=ema)
-    require_kind(checkpoint.state_dict, ("pixart", "pixart-diffusers"), source.name)
+    require_kind(checkpoint.state_dict, TRANSFORMER_KINDS, source.name)
     if ema and not _has_ema(source):
         raise CheckpointError(f"{source.name} has no averaged weights (state_dict_ema); leave out "
                               "--ema")

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint import Checkpoint, detect_config, identify, read_checkpoint
+from ..checkpoint.controlnet import as_blocks, detect_controlnet, split_controlnet
 from ..checkpoint.convert import layout_of, strip_prefix
 from ..checkpoint.identify import KINDS, UNKNOWN
-from ..checkpoint.shapes import facts_from_shapes
+from ..checkpoint.shapes import block_facts, facts_from_shapes
 from ..config import METADATA_KEY, PRESETS, PixArtConfig, fields_from_metadata
 
 _LIMIT = 300
@@ -186,11 +187,22 @@ def _lora(checkpoint: Checkpoint) -> list[Row]:
 
 
 def _controlnet(checkpoint: Checkpoint) -> list[Row]:
-    block = re.compile(r"(?:.*\.)?controlnet(?:_blocks)?\.(\d+)\.")
-    copies = {int(match[1]) for name in checkpoint.state_dict if (match := block.match(name))}
-    whole = any(name.startswith("base_model.") for name in checkpoint.state_dict)
-    return [Row("copied blocks", str(len(copies)), "tensor names"),
-            Row("carries its base model", _value(whole), "tensor names")]
+    parts = split_controlnet(checkpoint.state_dict)
+    rows = [Row("layout", parts.layout, "tensor names"),
+            Row("carries its base model", _value(bool(parts.base)), "tensor names")]
+    try:
+        config = detect_controlnet(parts, checkpoint.metadata, checkpoint.config)
+    except ValueError as error:
+        blocks = block_facts(as_blocks(parts.control))
+        return [*rows, Row("copied blocks", str(blocks["depth"]), "tensor names"),
+                Row("num_heads", "unknown", str(error))]
+    values = dataclasses.asdict(config)
+    rows.append(Row("copied blocks", str(values.pop("depth")), "tensor names"))
+    stored = fields_from_metadata(checkpoint.metadata)
+    return rows + [Row(name, _value(value), f"metadata {METADATA_KEY}" if name in stored else
+                       "its base model" if name in ("variant", "image_size") and parts.base else
+                       "shapes" if name != "num_heads" else "width 1152 has 16")
+                   for name, value in values.items()]
 
 
 _DETAILS: dict[str, Callable[[Checkpoint], list[Row]]] = {

@@ -160,7 +160,8 @@ def control_residuals(controls: Sequence[Control], latents: Sequence[Tensor], to
             latent = latent if latent.shape[0] == 1 else latent[rows]
             residuals = control.net(tokens[rows], latent, _of_rows(inputs, rows))
         for index, residual in enumerate(residuals):
-            residual = residual * control.scale(index)
+            scale = control.scale(index)
+            residual = residual if scale == 1.0 else residual * scale
             if rows is not None:
                 residual = tokens.new_zeros(tokens.shape).index_copy(
                     0, torch.arange(len(tokens), device=tokens.device)[rows], residual)
