@@ -97,6 +97,15 @@ def native_module(diffusers: str) -> tuple[str, int, int] | None:
     return found and (f"blocks.{index}.{found[0]}", found[1], len(_BLOCK[found[0]]))
 
 
+def native_modules(index: int = 0) -> tuple[str, ...]:
+    """Native names of all modules and raw parameters, of the blocks those of block `index`.
+
+    Those that diffusers has names for, too: without KV compression.
+    """
+    block = (*_BLOCK, *_BLOCK_PARAMETERS)
+    return (*_TOP, *_TOP_PARAMETERS, *(f"blocks.{index}.{name}" for name in block))
+
+
 def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without what a host or wrapper put in front (`model.diffusion_model.` and the like).
 

@@ -1,0 +1,99 @@
+"""Merging LoRAs into a model, once it is known that they fit."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .header import CheckpointError
+from .lora import read_lora
+from .lora_layer import LoRA, LoRALayer, change_shape, changed
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+def apply_lora(target: nn.Module | Mapping[str, Tensor], lora: LoRA | str | Path,
+               strength: float = 1.0) -> nn.Module | dict[str, Tensor]:
+    """Merge one LoRA into a transformer, or into weights under native names; see `apply_loras`."""
+    return apply_loras(target, [(lora, strength)])
+
+
+@torch.no_grad()
+def apply_loras(target: nn.Module | Mapping[str, Tensor],
+                loras: Sequence[tuple[LoRA | str | Path, float]],
+                ) -> nn.Module | dict[str, Tensor]:
+    """Merge LoRAs with their strengths, one after the other, as ComfyUI does.
+
+    A module (PixArtTransformer) is changed in place and returned; of a state dict in native names
+    a changed copy is returned. Sums are taken in float32 and cast back to each weight's dtype once.
+
+    Raises CheckpointError, before anything is changed, when a LoRA does not fit.
+    """
+    weights = dict(target.named_parameters() if isinstance(target, nn.Module) else target.items())
+    opened = [(lora if isinstance(lora, LoRA) else read_lora(lora), strength)
+              for lora, strength in loras]
+    todo: dict[str, list[tuple[LoRALayer, float]]] = {}
+    for lora, strength in opened:
+        for note in (*lora.notes, *check_fit(lora, {k: w.shape for k, w in weights.items()})):
+            logger.warning(note)
+        for layer in lora.layers:
+            if layer.target in weights:
+                todo.setdefault(layer.target, []).append((layer, strength))
+    for name, layers in todo.items():
+        weight = weights[name]
+        merged = weight.detach().float().clone()
+        for layer, strength in layers:
+            rows = merged.chunk(layer.parts)[layer.part]
+            rows += strength * (changed(rows, layer) - rows)
+        if isinstance(target, nn.Module):
+            weight.data = merged.to(weight.dtype)
+        else:
+            weights[name] = merged.to(weight.dtype)
+    return target if isinstance(target, nn.Module) else weights
+
+
+def check_fit(lora: LoRA, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Sentences about layers that the model has not; `shapes` of its weights in native names.
+
+    Raises CheckpointError when the LoRA was trained on a model of another width or depth, or has
+    nothing that this model has.
+    """
+    depth = max((int(m[1]) + 1 for m in map(_BLOCK.match, shapes) if m), default=0)
+    needed = max((int(m[1]) + 1 for m in (_BLOCK.match(la.target) for la in lora.layers) if m),
+                 default=0)
+    if needed > depth:
+        raise CheckpointError(f"{lora.source} was trained on a model of {needed} blocks or more, "
+                              f"this one has {depth}; load the model that it was trained on")
+    absent = []
+    for layer in lora.layers:
+        if layer.target not in shapes:
+            absent.append(layer.target)
+            continue
+        rows, columns = change_shape(layer, lora.source)
+        shape = torch.Size(shapes[layer.target])
+        if (rows * layer.parts, columns) != (shape[0], shape[1:].numel()):
+            rest = f" of {layer.parts} parts" if layer.parts > 1 else ""
+            raise CheckpointError(
+                f"{lora.source} changes {rows} x {columns} values{rest} of {layer.target}, which "
+                f"has {shape[0]} x {shape[1:].numel()} in this model; it was trained on a model "
+                "of another width")
+        if layer.magnitude is not None and layer.magnitude.shape not in (
+                (rows, 1), (1, shape[1:2].numel())):
+            raise CheckpointError(f"{lora.source}: the DoRA magnitude of {layer.target} has shape "
+                                  f"{tuple(layer.magnitude.shape)}; it was trained on another "
+                                  "model")
+    if len(absent) == len(lora.layers):
+        raise CheckpointError(f"{lora.source}: this model has none of the weights that it changes "
+                              f"({', '.join(absent[:3])}, ...)")
+    if not absent:
+        return []
+    shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+    return [f"{lora.source}: {len(absent)} of its {len(lora.layers)} layers change weights that "
+            f"this model has not and are left out: {shown}"]
