@@ -1,7 +1,7 @@
 """What loading gives while the host manages memory dynamically; runs in the host's own Python.
 
-Arguments: the repository, the host's folder, a MODEL file, a damaged one and a T5 file. The last
-line of the output is a JSON object of what was found; see test_dynamic_memory.py.
+Arguments: the repository, the host's folder, a MODEL file, a damaged one, a T5 and a ControlNet.
+The last line of the output is a JSON object of what was found; see test_dynamic_memory.py.
 
 Dynamic memory management needs a graphics card, so a CPU shows it in two parts: "layers" has the
 host's layers, empty until they are loaded, and its own patcher class, which steps aside on a CPU;
@@ -13,7 +13,7 @@ import importlib.util
 import json
 import sys
 
-REPOSITORY, HOST, MODEL, DAMAGED, T5 = sys.argv[1:]
+REPOSITORY, HOST, MODEL, DAMAGED, T5, CONTROL = sys.argv[1:]
 sys.argv = ["main.py", "--cpu"]
 sys.path.insert(0, HOST)
 
@@ -39,26 +39,31 @@ def weights_differ(loaded: dict, file: dict) -> list[str]:
         if not torch.equal(loaded[name], file[name].to(loaded[name].dtype))]
 
 
-def output(patcher: object) -> torch.Tensor:
+def output(patcher: object, control: object = None) -> torch.Tensor:
     import comfy.model_management
+    from pack.nodes.host.transformer import Controls
+    from pack.pixart_core.model import Control
 
-    comfy.model_management.load_models_gpu([patcher])
+    comfy.model_management.load_models_gpu([patcher, *([control.patcher] if control else [])])
     generator = torch.Generator().manual_seed(0)
     width = patcher.model.pixart_config.caption_channels
     x = torch.randn(2, 4, 6, 8, generator=generator)
     caption = torch.randn(2, 5, width, generator=generator)
+    steered = Controls([Control(control.network, x[:1])]) if control else None
     with torch.inference_mode():
         return patcher.model.apply_model(x, torch.tensor([1.5, 0.3]), c_crossattn=caption,
-                                         transformer_options={})
+                                         control=steered, transformer_options={})
 
 
 def states(clip: object) -> torch.Tensor:
     return clip.encode_from_tokens(clip.tokenize("a red circle on blue"))
 
 
-def look(load_model: object, load_clip: object, dtype: torch.dtype, plain: dict) -> dict:
+def look(load_model: object, load_clip: object, load_control: object, dtype: torch.dtype,
+         plain: dict) -> dict:
     import comfy.model_management
 
+    control = load_control(CONTROL, dtype)
     model, clip = load_model(MODEL, dtype, None, False), load_clip(T5)
     model_file, t5_file = load_file(MODEL), load_file(T5)
     model_file.pop("pos_embed"), t5_file.pop("spiece_model")  # no weights
@@ -68,6 +73,8 @@ def look(load_model: object, load_clip: object, dtype: torch.dtype, plain: dict)
         "clip_weights": weights_differ(clip.cond_stage_model.t5xxl.transformer.state_dict(),
                                        t5_file),
         "same_output": torch.equal(output(model), plain[dtype]),
+        "control_weights": weights_differ(control.network.state_dict(), load_file(CONTROL)),
+        "same_steered": torch.equal(output(model, control), plain[dtype, "steered"]),
         "same_states": torch.equal(states(clip), plain["states"]),
         "tables": [len(model.model.diffusion_model._position_tables)],
     }
@@ -90,6 +97,7 @@ def main() -> None:
     import comfy.memory_management
     import comfy.model_patcher
     from pack.nodes.host.clip import load_clip
+    from pack.nodes.host.control import load_control
     from pack.nodes.host.model import load_model
 
     class CallsItselfDynamic(comfy.model_patcher.ModelPatcher):
@@ -99,12 +107,14 @@ def main() -> None:
     lanes = {"layers": (comfy.model_patcher.ModelPatcherDynamic, torch.bfloat16),
              "patcher": (CallsItselfDynamic, torch.float16)}
     plain = {dtype: output(load_model(MODEL, dtype)) for _, dtype in lanes.values()}
+    for _, dtype in lanes.values():
+        plain[dtype, "steered"] = output(load_model(MODEL, dtype), load_control(CONTROL, dtype))
     plain["states"] = states(load_clip(T5))
     comfy.memory_management.aimdo_enabled = True
     found = {}
     for name, (patcher, dtype) in lanes.items():
         comfy.model_patcher.CoreModelPatcher = patcher
-        found[name] = look(load_model, load_clip, dtype, plain)
+        found[name] = look(load_model, load_clip, load_control, dtype, plain)
     print(json.dumps(found))
 
 

@@ -13,6 +13,9 @@ import torch
 from checks import STARTER, parted, starter_file
 from safetensors.torch import save_file
 
+import pixart_core as pc
+from pixart_core.config import METADATA_KEY
+
 DAMAGED = "blocks.1.mlp.fc1.weight"
 
 
@@ -27,9 +30,15 @@ def found(installation, repository, tmp_path_factory):
     weights[DAMAGED][0, 0] = torch.nan
     damaged = tmp_path_factory.mktemp("dynamic") / "damaged.safetensors"
     save_file(weights, damaged, metadata=metadata)
+    control = damaged.with_name("control.safetensors")
+    net = pc.PixArtControlNet.from_base(pc.load_transformer(STARTER.lcm), depth=2)
+    with torch.no_grad():
+        for projection in (net.controlnet[0].before_proj, net.controlnet[1].after_proj):
+            projection.weight.normal_(std=0.1)
+    pc.write_checkpoint(control, net.state_dict(), {METADATA_KEY: net.config.to_json()})
     run = subprocess.run(
         [installation.python, repository / "tests" / "host" / "dynamic_memory.py", repository,
-         installation.path, STARTER.lcm, damaged, STARTER.t5_file],
+         installation.path, STARTER.lcm, damaged, STARTER.t5_file, control],
         env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")},
         capture_output=True, text=True, timeout=240, cwd=damaged.parent)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -42,12 +51,13 @@ def lane(request, found):
 
 
 def test_every_weight_is_that_of_the_file(lane):
-    """No layer stays empty or zero, for MODEL and CLIP."""
+    """No layer stays empty or zero, for MODEL, CLIP and CONTROL_NET."""
     assert lane["model_weights"] == [] and lane["clip_weights"] == []
+    assert lane["control_weights"] == []
 
 
 def test_output_equals_that_of_the_plain_path(lane):
-    assert lane["same_output"] and lane["same_states"]
+    assert lane["same_output"] and lane["same_states"] and lane["same_steered"]
 
 
 def test_damaged_weights_are_refused(lane):
