@@ -6,11 +6,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import PixArtNullCaption, PixArtTextEncode
 from .control import PixArtControlNetApply, PixArtControlNetLoader
+from .dmd import PixArtDMDSampler, PixArtDMDSchedule
 from .hed import PixArtHEDEdges, PixArtHint
 from .host import files
 from .lcm import PixArtLCMSampler, PixArtLCMSchedule
 from .loaders import PixArtLoader, PixArtT5Loader
 from .resolution import PixArtResolution
+from .schedule import PixArtSASolver, PixArtSchedule
 
 NODES: list[type[io.ComfyNode]] = [
     PixArtLoader,
@@ -22,6 +24,10 @@ NODES: list[type[io.ComfyNode]] = [
     PixArtResolution,
     PixArtLCMSampler,
     PixArtLCMSchedule,
+    PixArtDMDSampler,
+    PixArtDMDSchedule,
+    PixArtSchedule,
+    PixArtSASolver,
     PixArtHEDEdges,
     PixArtHint,
 ]

@@ -16,7 +16,7 @@ from .load import load_transformer
 from .load_control import load_controlnet
 from .model import Control, PixArtControlNet, PixArtTransformer
 from .model.controlnet import check_fit, mode_weights
-from .sampling import add_noise, sample_dpm, sample_lcm, step_noise
+from .sampling import add_noise, sample_dmd, sample_dpm, sample_lcm, sample_sa, step_noise
 from .settings import PIXELS_PER_LATENT, Settings
 from .vae import LATENT_CHANNELS, VAE, load_vae
 
@@ -128,14 +128,15 @@ class Pipeline:
 
         Size in pixels (multiples of 8), steps, guidance, sampler and token limit are the model's
         own where not given: 20 steps of DPM-Solver++ ("dpm") at guidance 4.5, or 4 steps of LCM
-        ("lcm") without guidance for a consistency-distilled model. Guidance above 1 runs the
-        negative prompt (by default the empty one) beside the prompt, in one batch. `image` with
-        `strength` below 1 starts from a picture, cropped and resized to the size. The noise is
-        drawn on the CPU, so a seed gives the same picture as ComfyUI's KSampler with "dpmpp_2m"
-        and "simple". `control_image` (white edges on black for the released ControlNets) steers
-        the part of the schedule from `control_start` to `control_end`, 0 to 1, where the pipeline
-        has a ControlNet; `control_mode` as in `mode_weights`. `callback(step, total, denoised
-        latents)` follows every step, from 1.
+        ("lcm") or one of DMD ("dmd") without guidance for a model distilled so; "sa-solver" is
+        SA-Solver, 25 steps at guidance 3. Guidance above 1 runs the negative prompt (by default the
+        empty one) beside the prompt, in one batch. `image` with `strength` below 1 starts from a
+        picture, cropped and resized to the size. The noise is drawn on the CPU, so a seed gives the
+        same picture as ComfyUI's KSampler with "dpmpp_2m" and "simple". `control_image` (white
+        edges on black for the released ControlNets) steers the part of the schedule from
+        `control_start` to `control_end`, 0 to 1, where the pipeline has a ControlNet;
+        `control_mode` as in `mode_weights`. `callback(step, total, denoised latents)` follows
+        every step, from 1.
 
         Raises ValueError for settings that cannot be followed.
         """
@@ -159,6 +160,9 @@ class Pipeline:
         """Draw resolved settings: one picture for each of `prompts` (or for settings.prompt)."""
         if settings.strength < 1 and image is None:
             raise ValueError(f"strength {settings.strength} needs an image to start from")
+        if settings.sampler == "dmd" and image is not None:
+            raise ValueError("DMD draws from noise alone and cannot start from an image; leave it "
+                             "out, or name another sampler")
         prompts = prompts or [settings.prompt]
         timesteps = settings.timesteps()
         x = self._start(settings, len(prompts), timesteps[0], image)
@@ -171,6 +175,10 @@ class Pipeline:
 
         if settings.sampler == "lcm":
             latents = sample_lcm(predict, x, timesteps, step_noise(x.shape, settings.seed), report)
+        elif settings.sampler == "sa-solver":
+            latents = sample_sa(predict, x, timesteps, step_noise(x.shape, settings.seed), report)
+        elif settings.sampler == "dmd":
+            latents = sample_dmd(predict, x, report)
         else:
             latents = sample_dpm(predict, x, timesteps, report)
         return _to_pictures(self.vae.decode(latents))

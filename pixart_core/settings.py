@@ -11,15 +11,15 @@ from typing import Any, Literal
 from .config import PixArtConfig
 from .model.controlnet import CONTROL_MODES
 from .resolution import MAX_SIDE
-from .sampling import dpm_timesteps, lcm_timesteps
+from .sampling import DMD_TIMESTEP, dpm_timesteps, lcm_timesteps, uniform_timesteps
 from .sampling.schedule import NUM_TRAIN_TIMESTEPS
 
-Sampler = Literal["auto", "dpm", "lcm"]
+Sampler = Literal["auto", "dpm", "lcm", "dmd", "sa-solver"]
 
-SAMPLERS = ("auto", "dpm", "lcm")
+SAMPLERS = ("auto", "dpm", "lcm", "dmd", "sa-solver")
 GRIDS = ("diffusers", "official")
-DEFAULT_STEPS = {"dpm": 20, "lcm": 4}
-DEFAULT_GUIDANCE = {"dpm": 4.5, "lcm": 1.0}
+DEFAULT_STEPS = {"dpm": 20, "lcm": 4, "dmd": 1, "sa-solver": 25}
+DEFAULT_GUIDANCE = {"dpm": 4.5, "lcm": 1.0, "dmd": 1.0, "sa-solver": 3.0}
 PIXELS_PER_LATENT = 8
 
 
@@ -81,6 +81,9 @@ class Settings:
         if not (all(map(_is_number, span)) and 0 <= span[0] <= span[1] <= 1):
             raise ValueError(f"control_start and control_end are {span[0]!r} and {span[1]!r}; use "
                              "two numbers from 0 to 1, the smaller one first")
+        if self.sampler == "dmd" and (self.steps not in (None, 1) or self.strength != 1):
+            raise ValueError(f"steps is {self.steps!r} and strength {self.strength}; DMD takes 1 "
+                             "step from noise alone: leave both out")
         if self.steps is not None:
             if not _is_int(self.steps):
                 raise ValueError(f"steps is {self.steps!r}; a whole number was expected")
@@ -90,6 +93,10 @@ class Settings:
         """The timesteps of the run, noisiest first; `steps` must be known."""
         if self.sampler == "lcm":
             return lcm_timesteps(self.steps, grid=self.lcm_grid, strength=self.strength)
+        if self.sampler == "dmd":
+            return [DMD_TIMESTEP]
+        if self.sampler == "sa-solver":
+            return uniform_timesteps(self.steps, strength=self.strength)
         return dpm_timesteps(self.steps, strength=self.strength)
 
     def controls(self, t: int) -> bool:
@@ -100,17 +107,14 @@ class Settings:
     def resolve(self, config: PixArtConfig) -> Settings:
         """These settings with every None filled in for the model of `config`.
 
-        A consistency-distilled model gets the LCM sampler, 4 steps and no guidance; any other
-        DPM-Solver++, 20 steps and guidance 4.5; the size is the model's training size and the
-        token limit its own. Raises ValueError when nothing was chosen for a one-step DMD student.
+        A consistency-distilled model gets the LCM sampler, 4 steps and no guidance; a DMD student
+        its one step without guidance; any other DPM-Solver++, 20 steps and guidance 4.5;
+        "sa-solver" has 25 and 3. The size is the model's training size and the token limit its
+        own. Raises ValueError for steps or strength that the model's sampler does not take.
         """
         sampler = self.sampler
         if sampler == "auto":
-            if config.distilled not in (None, "lcm"):
-                raise ValueError(f"this model is a {config.distilled!r} student, which has no "
-                                 "sampler here; name one (dpm or lcm) to use it as an ordinary "
-                                 "model")
-            sampler = "lcm" if config.distilled == "lcm" else "dpm"
+            sampler = config.distilled or "dpm"
         return dataclasses.replace(
             self,
             sampler=sampler,

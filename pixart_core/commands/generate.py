@@ -41,16 +41,19 @@ def generate(
     vae: Annotated[Path | None, _Flag(help="VAE: a file or a folder.")] = None,
     lcm: Annotated[bool, _Flag(
         "--lcm", help="Draw with the starter's few-step student.")] = False,
-    steps: Annotated[int | None, _Flag(help="Sampling steps. [20, or 4 with LCM]")] = None,
+    steps: Annotated[int | None, _Flag(
+        help="Sampling steps. [20; 25 with SA-Solver, 4 with LCM, 1 with DMD]")] = None,
     guidance: Annotated[float | None, _Flag(
-        help="How closely to follow the prompt; 1 is none. [4.5, or 1 with LCM]")] = None,
+        help="How closely to follow the prompt; 1 is none. [4.5; 3 with SA-Solver, 1 with LCM and "
+             "DMD]")] = None,
     seed: Annotated[int | None, _Flag(help="Another seed, another picture. [0]")] = None,
     width: Annotated[int | None, _Flag(
         help="Pixels, a multiple of 8. [the model's training size]")] = None,
     height: Annotated[int | None, _Flag(
         help="Pixels, a multiple of 8. [the model's training size]")] = None,
     sampler: Annotated[str | None, _Flag(
-        help="auto, dpm (DPM-Solver++ 2M) or lcm. [auto: what the model was made for]")] = None,
+        help="auto, dpm (DPM-Solver++ 2M), sa-solver, lcm or dmd (one step). [auto: what the "
+             "model was made for]")] = None,
     grid: Annotated[str | None, _Flag(
         help="Timesteps of LCM: diffusers or official. [diffusers]")] = None,
     negative: Annotated[str | None, _Flag(help="What to keep away from. [nothing]")] = None,
@@ -187,10 +190,14 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
     record = {**settings.as_dict(), "fields": overrides, "dtype": dtype, "device": device.type,
               "files": hashes, "versions": _versions()}
     write_png(target, picture, record)
-    how = "LCM" if settings.sampler == "lcm" else "DPM-Solver++"
-    console.print(f"{target}  ({settings.width} x {settings.height} px, {settings.steps} steps of "
-                  f"{how}, guidance {settings.guidance:g}, seed {settings.seed})",
+    console.print(f"{target}  ({settings.width} x {settings.height} px, {settings.steps} "
+                  f"{_steps_of(settings)}, guidance {settings.guidance:g}, seed {settings.seed})",
                   highlight=False, soft_wrap=True)
+
+
+def _steps_of(settings: Settings) -> str:
+    name = {"dpm": "DPM-Solver++", "sa-solver": "SA-Solver"}.get(settings.sampler)
+    return f"{'step' if settings.steps == 1 else 'steps'} of {name or settings.sampler.upper()}"
 
 
 def _versions() -> dict[str, str]:

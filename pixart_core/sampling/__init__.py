@@ -10,7 +10,7 @@ from .lcm import (
     sample_lcm,
     step_noise,
 )
-from .sa_solver import sa_taus, sample_sa_solver
+from .sa_solver import sa_taus, sample_sa, sample_sa_solver
 from .schedule import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -40,6 +40,7 @@ __all__ = [
     "sample_dmd",
     "sample_dpm",
     "sample_lcm",
+    "sample_sa",
     "sample_sa_solver",
     "sigmas",
     "solver_sigmas",

@@ -1,16 +1,20 @@
 """SA-Solver (arXiv 2309.05019): a stochastic Adams predictor and corrector, one call a step.
 
 The recipe of PixArt-alpha: data prediction, order 2 for both in the few-step form of appendix D,
-first order at the two ends. x is variance exploding here, x0 + sigma noise, so that the weights
-of the predictions depend on h = log(sigma / sigma_next) and tau alone.
+first order at the two ends. Inside, x is variance exploding, x0 + sigma noise, so that the
+weights of the predictions depend on h = log(sigma / sigma_next) and tau alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
+
+from .schedule import noise_levels
+from .uniform import solver_sigmas
 
 TAU_WINDOW = (200, 800)  # timesteps between which the run is stochastic
 
@@ -38,11 +42,13 @@ def sample_sa_solver(
 
     x (B, 4, H, W) is at sigmas[0]; sigmas fall, len(taus) + 1 of them, the last may be 0. `noise`
     is read once for every step with tau above 0. `callback(i, x, denoised)` follows step i's
-    prediction. Raises ValueError when the lengths do not fit.
+    prediction. Raises ValueError when the lengths do not fit or the sigmas do not fall.
     """
     steps = len(taus)
     if len(sigmas) != steps + 1:
         raise ValueError(f"{steps} steps need {steps + 1} sigmas, {len(sigmas)} were given")
+    if any(a <= b for a, b in itertools.pairwise(sigmas)):
+        raise ValueError(f"SA-Solver needs sigmas that fall from step to step; these are {sigmas}")
     predicted, start, fresh, last = x, x, None, None
     for i in range(steps):
         denoised = denoise(predicted, i)
@@ -68,6 +74,32 @@ def sample_sa_solver(
         predicted = _advance(corrected, sigmas[i], sigmas[i + 1], tau, terms, fresh)
         start, last = corrected, denoised
     return predicted
+
+
+def sample_sa(
+    predict: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    timesteps: list[int],
+    noise: Iterator[Tensor],
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The recipe's run: `predict(x, t)` gives eps; returns latents (B, 4, H, W) at timestep 0.
+
+    x (B, 4, H, W) is variance preserving and at the noise level of timesteps[0], for `predict`
+    too. `callback(i, denoised)` follows step i.
+    """
+    sigmas = solver_sigmas(timesteps, "sa-solver").tolist()
+    signals = [float(noise_levels(t)[0]) for t in [*timesteps, 0]]
+
+    def denoise(x: Tensor, i: int) -> Tensor:
+        return x - sigmas[i] * predict(x * signals[i], timesteps[i])
+
+    def report(i: int, _: Tensor, denoised: Tensor) -> None:
+        if callback is not None:
+            callback(i, denoised)
+
+    end = sample_sa_solver(denoise, x / signals[0], sigmas, sa_taus(timesteps), noise, report)
+    return end * signals[-1]
 
 
 def _log_ratio(sigma: float, sigma_next: float) -> float:

@@ -142,3 +142,5 @@ def test_sa_solver_says_what_does_not_fit():
         sampling.sa_taus([999], eta=-1.0)
     with pytest.raises(ValueError, match="2 steps need 3 sigmas, 2 were given"):
         sampling.sample_sa_solver(None, torch.zeros(1), [2.0, 1.0], [0.0, 0.0], iter(()))
+    with pytest.raises(ValueError, match="fall from step to step"):
+        sampling.sample_sa_solver(None, torch.zeros(1), [2.0, 2.0, 1.0], [0.0, 0.0], iter(()))

@@ -218,6 +218,8 @@ def test_requests_the_pipeline_refuses(pipe):
     """Protects options from being ignored: strength without a picture, no prompts at all."""
     with pytest.raises(ValueError, match="needs an image"):
         pipe.generate(PROMPT, strength=0.5)
+    with pytest.raises(ValueError, match="DMD draws from noise alone"):
+        pipe.generate(PROMPT, sampler="dmd", image=object())
     with pytest.raises(ValueError, match="no prompts"):
         pipe.generate([])
     with pytest.raises(ValueError, match="PIL image"):
@@ -233,8 +235,12 @@ def test_defaults_follow_the_model():
     assert (sigma.height, sigma.width, sigma.max_tokens) == (512, 512, 300)
     named = Settings("x", steps=6, guidance=2.0, sampler="dpm", height=64)
     assert named.resolve(PRESETS["delta-1024-lcm"]).guidance == 2.0
-    with pytest.raises(ValueError, match="dmd"):
-        Settings("x").resolve(PRESETS["alpha-512-dmd"])
+    dmd = Settings("x").resolve(PRESETS["alpha-512-dmd"])
+    assert (dmd.sampler, dmd.timesteps(), dmd.guidance, dmd.width) == ("dmd", [400], 1.0, 512)
+    with pytest.raises(ValueError, match="DMD takes 1 step"):
+        Settings("x", steps=4).resolve(PRESETS["alpha-512-dmd"])
+    stochastic = Settings("x", sampler="sa-solver").resolve(PRESETS["alpha-1024"])
+    assert (stochastic.steps, stochastic.guidance) == (25, 3.0)
 
 
 def test_settings_survive_a_round_trip():

@@ -10,9 +10,10 @@ import pixart_core as pc
 from pixart_core.starter import find_starter
 
 STARTER = find_starter()
-NODE_IDS = ["PixArtControlNetApply", "PixArtControlNetLoader", "PixArtHEDEdges", "PixArtHint",
-            "PixArtLCMSampler", "PixArtLCMSchedule", "PixArtLoader", "PixArtNullCaption",
-            "PixArtResolution", "PixArtT5Loader", "PixArtTextEncode"]
+NODE_IDS = ["PixArtControlNetApply", "PixArtControlNetLoader", "PixArtDMDSampler",
+            "PixArtDMDSchedule", "PixArtHEDEdges", "PixArtHint", "PixArtLCMSampler",
+            "PixArtLCMSchedule", "PixArtLoader", "PixArtNullCaption", "PixArtResolution",
+            "PixArtSASolver", "PixArtSchedule", "PixArtT5Loader", "PixArtTextEncode"]
 
 
 def pixart_nodes(host):
