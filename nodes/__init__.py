@@ -11,6 +11,7 @@ from .hed import PixArtHEDEdges, PixArtHint
 from .host import files
 from .lcm import PixArtLCMSampler, PixArtLCMSchedule
 from .loaders import PixArtLoader, PixArtT5Loader
+from .lora import PixArtLoRALoader
 from .resolution import PixArtResolution
 from .schedule import PixArtSASolver, PixArtSchedule
 
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     PixArtT5Loader,
     PixArtControlNetLoader,
     PixArtControlNetApply,
+    PixArtLoRALoader,
     PixArtTextEncode,
     PixArtNullCaption,
     PixArtResolution,

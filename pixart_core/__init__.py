@@ -12,6 +12,8 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from .checkpoint.lora import read_lora
+from .checkpoint.lora_apply import apply_lora, apply_loras
 from .config import PRESETS, ControlNetConfig, KVCompression, PixArtConfig
 from .load import load_transformer, open_transformer
 from .load_control import load_controlnet
@@ -33,6 +35,8 @@ __all__ = [
     "PixArtControlNet",
     "PixArtTransformer",
     "PreparedCaption",
+    "apply_lora",
+    "apply_loras",
     "convert_state_dict",
     "detect_config",
     "load_controlnet",
@@ -40,6 +44,7 @@ __all__ = [
     "nearest_bin",
     "open_transformer",
     "read_checkpoint",
+    "read_lora",
     "sampling",
     "text",
     "write_checkpoint",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from .checkpoint.lora_apply import apply_loras
 from .control_image import fit_image
 from .load import load_transformer
 from .load_control import load_controlnet
@@ -55,6 +56,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         tokenizer: str | Path | None = None,
         controlnet: str | Path | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
         **fields: Any,
     ) -> Pipeline:
         """Load transformer, T5 and VAE from files or folders; nothing is downloaded.
@@ -64,8 +66,9 @@ class Pipeline:
         elsewhere unless given; the VAE is always float32, for SDXL's overflows in float16.
         `device` is CUDA where there is one. `tokenizer` (a spiece.model, a tokenizer.json or a
         folder with one) is for T5 files that bring none. `controlnet` is a ControlNet for the
-        transformer, which `generate` gives a control image. `fields` override the model's config
-        (`num_heads=6`, `variant="alpha"`).
+        transformer, which `generate` gives a control image. `loras` are files or PEFT folders and
+        their strengths, merged into the transformer one after the other. `fields` override the
+        model's config (`num_heads=6`, `variant="alpha"`).
 
         Raises CheckpointError (a ValueError) for files that cannot be used, ValueError for
         missing ones, ImportError where diffusers is not installed.
@@ -80,6 +83,7 @@ class Pipeline:
         from .text import T5TextEncoder
 
         model = load_transformer(transformer, dtype=dtype, device=device, **fields)
+        apply_loras(model, loras)
         autoencoder = load_vae(vae or transformer, model.config.variant, device=device)
         encoder = T5TextEncoder.from_path(t5 or transformer, dtype=dtype, tokenizer=tokenizer,
                                           device=device)

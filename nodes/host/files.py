@@ -18,7 +18,8 @@ def register_starter() -> None:
     if starter is None:
         return
     for key, file in (("diffusion_models", starter.transformer),
-                      ("text_encoders", starter.t5_file), ("vae", starter.vae)):
+                      ("text_encoders", starter.t5_file), ("vae", starter.vae),
+                      ("controlnet", starter.controlnet)):
         folder_paths.add_model_folder_path(key, str(file.parent))
 
 
@@ -62,10 +63,11 @@ def _folder_path(key: str, name: PurePath) -> str | None:
 
 
 def _model_folders(key: str) -> dict[str, list[str]]:
-    """Folders with a config.json beside one model, ending in a slash: {name: its weight files}."""
+    """Folders with a config beside one model, ending in a slash: {name: its weight files}."""
+    config_name = "adapter_config.json" if key == "loras" else "config.json"
     found: dict[str, list[str]] = {}
     for root in map(Path, folder_paths.get_folder_paths(key)):
-        for config in (*root.glob("*/config.json"), *root.glob("*/*/config.json")):
+        for config in (*root.glob(f"*/{config_name}"), *root.glob(f"*/*/{config_name}")):
             parts = [path.relative_to(root).as_posix() for path in _weight_files(config.parent)]
             if parts:
                 found.setdefault(config.parent.relative_to(root).as_posix() + "/", parts)

@@ -95,6 +95,8 @@ def _group(tensors: Mapping[str, Tensor], source: str) -> tuple[Groups, list[str
     unused: list[str] = []
     has_adapter = False
     for key, tensor in tensors.items():
+        if ".original_module." in key:  # PEFT's copy of what a trained whole module replaced
+            continue
         module, leaf = split_key(key)
         has_adapter |= leaf not in (*WHOLE, "", "alpha")
         place = None if is_text_encoder(key) else find_place(module)
@@ -102,7 +104,8 @@ def _group(tensors: Mapping[str, Tensor], source: str) -> tuple[Groups, list[str
             unused.append(key)
             continue
         leaves = groups.setdefault(module, (place, {}))[1]
-        if (leaf := leaf or "weight") in leaves:
+        leaf = leaf or "weight"
+        if leaf in leaves and not torch.equal(leaves[leaf], tensor):
             raise CheckpointError(f"{source} holds several adapters ({key} is the second for its "
                                   "weight); save one of them alone")
         leaves[leaf] = tensor
@@ -190,7 +193,7 @@ def _magnitude(norm: Tensor, layer: LoRALayer, module: str,
     rows = change_shape(layer, source)[0]
     if norm.ndim == 4 and norm.shape[0] == 1 and norm.numel() == rows:
         norm = norm.reshape(rows)
-    if norm.numel() == rows and norm.shape[0] == rows:
+    if norm.ndim and norm.numel() == norm.shape[0] == rows:
         return norm.reshape(rows, 1), True
     if norm.ndim > 1 and norm.shape[0] == 1 and norm.shape[1] == norm.numel():
         return norm.reshape(1, -1), False

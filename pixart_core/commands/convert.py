@@ -25,6 +25,7 @@ from ..load import open_transformer
 from ..load_control import CONTROLNET_KINDS
 from .common import DTYPES, console, one_of, parse_fields, plain_errors
 from .convert_control import write_control, write_hed
+from .convert_lora import write_lora
 
 TRANSFORMER_KINDS = ("pixart", "pixart-diffusers")
 
@@ -44,9 +45,13 @@ def convert(
     fields: Annotated[list[str] | None, typer.Option(
         "--set", help="A config field that the file does not tell, such as num_heads=6.")] = None,
     base: Annotated[Path | None, typer.Option(
-        help="For an original ControlNet: a transformer to compare the base in it with.")] = None,
+        help="For an original ControlNet: a transformer to compare the base in it with. For a "
+             "LoRA with DoRA: the transformer that it will be used with.")] = None,
+    lora: Annotated[bool, typer.Option(
+        "--lora", help="IN is a LoRA of any layout, OUT a file for ComfyUI's own LoRA nodes.",
+    )] = False,
 ) -> None:
-    """Convert a PixArt transformer, ControlNet or HED network.
+    """Convert a PixArt transformer, ControlNet, HED network or, with --lora, LoRA.
 
     The config is written into the result. Of a ControlNet file that carries a whole base model,
     the ControlNet alone is kept.
@@ -54,6 +59,8 @@ def convert(
     with plain_errors():
         if to is not None:
             one_of("--to", to, ("native", "diffusers"))
+        if lora and (to or ema):
+            raise typer.BadParameter("--to and --ema are for models, not for --lora")
         one_of("--dtype", dtype, ("auto", *DTYPES))
         folder = target.is_dir() or target.suffix == ""
         if folder and to == "native":
@@ -63,6 +70,9 @@ def convert(
             raise typer.BadParameter("OUT is IN; write to another file")
         to = to or ("diffusers" if folder else "native")
         cast = functools.partial(_cast, dtype=dtype)
+        if lora:
+            _say(*write_lora(source, target, cast, base, parse_fields(fields)), target)
+            return
         kind = _kind(source)
         if base is not None and kind not in CONTROLNET_KINDS:
             raise typer.BadParameter(f"--base is for ControlNets; {source.name} is none")
@@ -89,6 +99,14 @@ def convert(
             count = sum(t.numel() for t in tensors.values())
         console.print(f"{target}  ({count:,} parameters, {to} names)", highlight=False,
                       soft_wrap=True)
+
+
+def _say(count: int, notes: list[str], target: Path) -> None:
+    """What was written of a LoRA, after what was not used of it."""
+    for note in notes:
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
+    console.print(f"{target}  ({count:,} parameters, for ComfyUI's LoRA loaders)",
+                  highlight=False, soft_wrap=True)
 
 
 def _kind(source: Path) -> str:

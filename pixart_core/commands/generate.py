@@ -21,6 +21,7 @@ from ..model.controlnet import CONTROL_MODES
 from ..png import check_png_path, read_settings, write_png
 from ..settings import GRIDS, SAMPLERS, Settings
 from .common import DTYPES, console, errors, one_of, parse_fields, plain_errors
+from .loras import choose_loras
 from .sources import Sources, choose_files, compare_hashes, file_hashes, with_control
 
 _Flag = typer.Option
@@ -60,6 +61,9 @@ def generate(
     image: Annotated[Path | None, _Flag(help="A picture to start from.")] = None,
     strength: Annotated[float | None, _Flag(
         help="How much of --image is redrawn, above 0 and at most 1. [1]")] = None,
+    lora: Annotated[list[str] | None, _Flag(
+        metavar="FILE[:STRENGTH]", help="A LoRA for the model: a file or a PEFT folder, and how "
+        "strong it is. May be repeated. [1]")] = None,
     controlnet: Annotated[Path | None, _Flag(
         help="A PixArt ControlNet: a file or a folder. Needs --control-image.")] = None,
     control_image: Annotated[Path | None, _Flag(
@@ -126,6 +130,7 @@ def generate(
         overrides = {**recorded.get("fields", {}), **parse_fields(fields)}
         sources = choose_files(model, t5, tokenizer, vae, lcm, image, recorded)
         sources = with_control(sources, controlnet, control_image, hed)
+        sources = dataclasses.replace(sources, loras=choose_loras(lora, recorded))
         hashes = file_hashes(sources)
         if like and not ignore_hashes:
             compare_hashes(hashes, recorded.get("files"), like)
@@ -179,15 +184,16 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
         task = progress.add_task("loading", total=None)
         pipeline = Pipeline.from_files(
             transformer=sources.transformer, t5=sources.t5, vae=sources.vae,
-            tokenizer=sources.tokenizer, controlnet=sources.controlnet, dtype=DTYPES[dtype],
-            device=device, **overrides)
+            tokenizer=sources.tokenizer, controlnet=sources.controlnet, loras=sources.loras,
+            dtype=DTYPES[dtype], device=device, **overrides)
         settings = settings.resolve(pipeline.config)
         progress.update(task, description="drawing", total=len(settings.timesteps()))
         picture = pipeline.run(
             settings, image=sources.open_image(),
             callback=lambda step, total, _: progress.update(task, completed=step),
             control_image=sources.open_control_image())[0]
-    record = {**settings.as_dict(), "fields": overrides, "dtype": dtype, "device": device.type,
+    record = {**settings.as_dict(), "loras": [strength for _, strength in sources.loras],
+              "fields": overrides, "dtype": dtype, "device": device.type,
               "files": hashes, "versions": _versions()}
     write_png(target, picture, record)
     console.print(f"{target}  ({settings.width} x {settings.height} px, {settings.steps} "

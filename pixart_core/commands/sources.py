@@ -11,6 +11,7 @@ import typer
 
 from ..checkpoint import sha256_file
 from ..starter import find_starter
+from .loras import lora_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +32,7 @@ class Sources:
     controlnet: Path | None = None
     control_image: Path | None = None
     hed: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
 
     def open_image(self) -> Image | None:
         """The picture to start from; ValueError when it cannot be read as one."""
@@ -115,7 +117,7 @@ def file_hashes(sources: Sources) -> dict[str, dict[str, str]]:
     paths = {"transformer": sources.transformer, "t5": sources.t5, "vae": sources.vae,
              "tokenizer": sources.tokenizer, "image": sources.image,
              "controlnet": sources.controlnet, "control_image": sources.control_image,
-             "hed": sources.hed}
+             "hed": sources.hed, **lora_files([path for path, _ in sources.loras])}
     return {part: {"name": path.name, "sha256": sha256_file(path)}
             for part, path in paths.items() if path is not None}
 
@@ -141,4 +143,6 @@ def compare_hashes(now: dict[str, dict[str, str]], then: Any, picture: Path) -> 
 
 
 def _option(part: str) -> str:
+    if part.startswith("lora_"):
+        return "lora"
     return "model" if part == "transformer" else part.replace("_", "-")

@@ -12,8 +12,9 @@ from pixart_core.starter import find_starter
 STARTER = find_starter()
 NODE_IDS = ["PixArtControlNetApply", "PixArtControlNetLoader", "PixArtDMDSampler",
             "PixArtDMDSchedule", "PixArtHEDEdges", "PixArtHint", "PixArtLCMSampler",
-            "PixArtLCMSchedule", "PixArtLoader", "PixArtNullCaption", "PixArtResolution",
-            "PixArtSASolver", "PixArtSchedule", "PixArtT5Loader", "PixArtTextEncode"]
+            "PixArtLCMSchedule", "PixArtLoRALoader", "PixArtLoader", "PixArtNullCaption",
+            "PixArtResolution", "PixArtSASolver", "PixArtSchedule", "PixArtT5Loader",
+            "PixArtTextEncode"]
 
 
 def pixart_nodes(host):
