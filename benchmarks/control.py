@@ -2,14 +2,15 @@
 
 `python -m benchmarks.control` times a PixArt-alpha XL/2 pass plain and steered, in turn in one
 process. The least is the copied blocks' share of the plain pass (13 of 28) plus the projections:
-one for the control tokens and one after each copied block, which are timed alone.
+one for the control tokens and one after each copied block, which are timed alone. Memory is the
+peak of a first call above the weights; a ControlNet may add one set of residuals.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     rows = [_measure(model, net, pixels, batch, dtype, device, options)
             for pixels in options.sizes for batch in options.batches]
     header = ["pixels", "batch", "plain", "steered", "control", "least", "control / least"]
-    header += ["memory plain", "memory steered"] if device.type == "cuda" else []
+    header += ["memory plain", "memory steered", "one set of residuals"]
     report = "\n".join([
         f"Machine: {machine(device)}; {versions()}.\n", f"Command: `{command()}`\n",
         f"#### {options.copies} copied of {options.depth} blocks, {options.dtype}"
@@ -65,17 +66,32 @@ def _measure(model: pc.PixArtTransformer, net: pc.PixArtControlNet, pixels: int,
         "steered": [lambda: model(step.x, step.timestep, caption, mask, control=control)],
         "projections": [projections],
     }
-    for call in calls.values():
-        call[0]()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+    peaks = {name: _peak(call[0], device) - before for name, call in calls.items()}
     clock = time.process_time if options.cpu_time else time.perf_counter
     timings = interleave(calls, options.repeats, device, clock)
     plain, steered, projected = (timings[name].median for name in calls)
     cost, least = steered - plain, plain * options.copies / options.depth + projected
     row = [pixels, batch, timings["plain"], timings["steered"], show(cost), show(least),
            f"{cost / least:.3f}"]
+    residuals = net.config.depth * tokens.numel() * tokens.element_size()
+    return row + [f"{size / MIB:.0f} MiB" for size in (peaks["plain"], peaks["steered"], residuals)]
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> int:
+    """The most memory in use during a call; on a CPU Linux alone tells."""
     if device.type == "cuda":
-        row += [f"{timings[name].peak / MIB:.0f} MiB" for name in ("plain", "steered")]
-    return row
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    call()
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def _arguments() -> argparse.ArgumentParser:
