@@ -12,6 +12,7 @@ from .host import files
 from .lcm import PixArtLCMSampler, PixArtLCMSchedule
 from .loaders import PixArtLoader, PixArtT5Loader
 from .lora import PixArtLoRALoader
+from .prompts import PixArtPromptBatch
 from .resolution import PixArtResolution
 from .schedule import PixArtSASolver, PixArtSchedule
 
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     PixArtControlNetApply,
     PixArtLoRALoader,
     PixArtTextEncode,
+    PixArtPromptBatch,
     PixArtNullCaption,
     PixArtResolution,
     PixArtLCMSampler,

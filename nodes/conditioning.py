@@ -5,12 +5,24 @@ from __future__ import annotations
 import comfy.model_management
 from comfy_api.latest import io
 
-from ..pixart_core import text as pixart_text
+from ..pixart_core.text.caption import clean_caption as clean
+from ..pixart_core.text.weights import prompt_pieces, render
 from .host.clip import encode, report_tokens
 from .host.model import null_caption, pixart_config
 from .host.schema import CATEGORY, advanced, schema
 
 MAX_SIDE = 16384
+
+
+def host_prompt(text: str, clean_caption: bool, weights: bool) -> str:
+    """The prompt as the host's tokenizer takes it: cleaned piece by piece, weights kept."""
+    return render(prompt_pieces(text, clean if clean_caption else None, weights))
+
+
+def token_limit(max_tokens: int, model: object | None) -> int:
+    """`max_tokens`, or the limit of `model` where that is a PixArt and lower."""
+    config = pixart_config(model) if model is not None else None
+    return max_tokens if config is None else min(max_tokens, config.max_tokens)
 
 
 class PixArtTextEncode(io.ComfyNode):
@@ -33,8 +45,7 @@ class PixArtTextEncode(io.ComfyNode):
                                 tooltip="The prompt. Long descriptions are welcome."),
                 io.Boolean.Input("clean_caption", default=True,
                                  tooltip="Lower-case the text and strip links, HTML and odd "
-                                         "symbols, as in training. Off also keeps (word:1.2) "
-                                         "weights."),
+                                         "symbols, as in training."),
                 io.Int.Input("max_tokens", default=300, min=1, max=300,
                              tooltip="Tokens beyond this are cut: 300 for Sigma, 120 for alpha "
                                      "and delta."),
@@ -49,6 +60,9 @@ class PixArtTextEncode(io.ComfyNode):
                 advanced(io.Float.Input, "aspect_ratio", default=0.0, min=0.0, max=16.0, step=0.01,
                          tooltip="Height over width that alpha-1024 and delta are conditioned on; "
                                  "0 takes it from the size. Other models ignore it."),
+                advanced(io.Boolean.Input, "weights", default=True,
+                         tooltip="(word:1.2) strengthens a word, (word:0.8) weakens it, (word) is "
+                                 r"1.1. Off, or as \( and \), brackets are text."),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning",
                                             tooltip="Positive or negative input of a sampler.")],
@@ -57,18 +71,15 @@ class PixArtTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text, clean_caption=True, max_tokens=300, model=None, width=0, height=0,
-                aspect_ratio=0.0) -> io.NodeOutput:
-        config = pixart_config(model) if model is not None else None
-        limit = min(max_tokens, config.max_tokens) if config is not None else max_tokens
+                aspect_ratio=0.0, weights=True) -> io.NodeOutput:
         if bool(width) != bool(height):
             raise ValueError(f"width is {width} and height is {height}: give both, or 0 for both "
                              "to take them from the latent")
         size = {"width": width, "height": height} if width else {}
         if aspect_ratio:
             size["aspect_ratio"] = aspect_ratio
-        if clean_caption:
-            text = pixart_text.clean_caption(text)
-        conditioning, report = encode(clip, text, limit, size)
+        text = host_prompt(text, clean_caption, weights)
+        conditioning, report = encode(clip, text, token_limit(max_tokens, model), size)
         report_tokens(report, cls.hidden.unique_id)
         return io.NodeOutput(conditioning, ui={"text": [str(report)]})
 

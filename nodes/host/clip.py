@@ -129,7 +129,7 @@ def cut_tokens(clip: comfy.sd.CLIP, tokens: dict[str, list], limit: int,
     return {**tokens, NAME: [[*kept, end]]}, TokenReport(used, limit, text)
 
 
-def report_tokens(report: TokenReport, node_id: str | None) -> None:
+def report_tokens(report: TokenReport | str, node_id: str | None) -> None:
     """Show the token count on the node."""
     if node_id is not None and PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(str(report), node_id)
@@ -170,6 +170,10 @@ def _encoder_class(config: T5Config) -> type[comfy.sd1_clip.SD1ClipModel]:
                 device=device, dtype=dtype, layer="last", textmodel_json_config=dict(settings),
                 special_tokens={"end": END, "pad": PAD}, model_options=model_options or {},
                 model_class=comfy.text_encoders.t5.T5)
+
+        def gen_empty_tokens(self, special_tokens: dict, length: int) -> list[int]:
+            """What weights of a prompt refer to: padding alone, as in the host's PixArt T5 XXL."""
+            return [special_tokens["pad"]] * length
 
     class TextModel(comfy.sd1_clip.SD1ClipModel):
         def __init__(self, device: Any = "cpu", dtype: torch.dtype | None = None,

@@ -19,6 +19,15 @@ def _pad_tokens(x: Tensor, length: int) -> Tensor:
 class CaptionCond(comfy.conds.CONDRegular):
     """T5 states (B, L, D) that concatenate with captions of other lengths."""
 
+    def process_cond(self, batch_size: int, **kwargs: object) -> CaptionCond:
+        """One caption for all pictures, or one for each; the host would repeat or drop some."""
+        count = len(self.cond)
+        if count not in (1, batch_size):
+            raise ValueError(f"the conditioning holds {count} prompts and the latent batch has "
+                             f"{batch_size} pictures; wire the count of PixArt Prompt Batch to "
+                             "the batch_size of the latent, or write one prompt for each picture")
+        return super().process_cond(batch_size=batch_size, **kwargs)
+
     def can_concat(self, other: CaptionCond) -> bool:
         return (self.cond.shape[2] == other.cond.shape[2]
                 and self.cond.device == other.cond.device)
@@ -52,6 +61,30 @@ class CaptionMaskCond(comfy.conds.CONDRegular):
         if all(mask.full and mask.cond.shape[1] == longest for mask in masks):
             return None
         return torch.cat([_pad_tokens(mask.cond, longest) for mask in masks])
+
+
+def join_captions(prompts: list[list]) -> list:
+    """CONDITIONING whose captions are those of several prompts, each a CONDITIONING, as a batch.
+
+    Shorter captions are padded with zeros, and an attention mask tells the padding where there is
+    any. Raises ValueError when the prompts have different schedules.
+    """
+    if len({len(conditioning) for conditioning in prompts}) != 1:
+        raise ValueError("the prompts come from a CLIP whose hooks change over different steps; "
+                         "encode them without hooks")
+    return [_join([conditioning[i] for conditioning in prompts]) for i in range(len(prompts[0]))]
+
+
+def _join(entries: list[list]) -> list:
+    captions = [states for states, _ in entries]
+    longest = max(states.shape[1] for states in captions)
+    joined = torch.cat([_pad_tokens(states, longest) for states in captions])
+    options = dict(entries[0][1])
+    if any(states.shape[1] < longest for states in captions):
+        options["attention_mask"] = torch.cat(
+            [_pad_tokens(states.new_ones(states.shape[:2], dtype=torch.int32), longest)
+             for states in captions])
+    return [joined, options]
 
 
 class Area(NamedTuple):

@@ -18,7 +18,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...pixart_core.config import PixArtConfig
+from ...pixart_core.checkpoint.config_tensor import config_tensor
+from ...pixart_core.config import METADATA_KEY, PixArtConfig
 from ...pixart_core.load import (
     OpenedTransformer,
     assign_weights,
@@ -91,6 +92,16 @@ class _BuildsOurs:
     def get_model(self, state_dict: dict[str, Tensor], prefix: str = "",
                   device: Any = None) -> PixArtModel:
         return PixArtModel(self, device=device).eval()
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor],
+                                           ) -> dict[str, Tensor]:
+        """What save nodes write: the weights as any loader knows them, and our config.
+
+        Save nodes choose the file's header by themselves. The tensor stands beside the weights,
+        not among them, so that the host's loaders leave it alone.
+        """
+        out = super().process_unet_state_dict_for_saving(state_dict)
+        return {**out, METADATA_KEY: config_tensor(self.unet_config["pixart_config"].to_json())}
 
 
 class AlphaConfig(_BuildsOurs, comfy.supported_models.PixArtAlpha):

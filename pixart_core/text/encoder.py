@@ -95,12 +95,16 @@ class T5TextEncoder:
 
         Raises ValueError for no prompts, TypeError for what is not a string.
         """
-        captions = self.tokenize(prompts, max_tokens)
-        ids = torch.full((len(captions), max_tokens), self.tokenizer.pad_id)
-        mask = torch.zeros(len(captions), max_tokens, dtype=torch.bool)
+        return self.encode_ids([c.ids for c in self.tokenize(prompts, max_tokens)], max_tokens)
+
+    @torch.no_grad()
+    def encode_ids(self, captions: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of token ids, as `__call__` gives them for text; none is cut."""
+        ids = torch.full((len(captions), length), self.tokenizer.pad_id)
+        mask = torch.zeros(len(captions), length, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            ids[row, : len(caption.ids)] = torch.tensor(caption.ids)
-            mask[row, : len(caption.ids)] = True
+            ids[row, : len(caption)] = torch.tensor(caption)
+            mask[row, : len(caption)] = True
         ids, mask = ids.to(self.device), mask.to(self.device)
         states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return states.to(self.dtype), mask  # (B, L, D), (B, L)

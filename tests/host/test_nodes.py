@@ -13,8 +13,8 @@ STARTER = find_starter()
 NODE_IDS = ["PixArtControlNetApply", "PixArtControlNetLoader", "PixArtDMDSampler",
             "PixArtDMDSchedule", "PixArtHEDEdges", "PixArtHint", "PixArtLCMSampler",
             "PixArtLCMSchedule", "PixArtLoRALoader", "PixArtLoader", "PixArtNullCaption",
-            "PixArtResolution", "PixArtSASolver", "PixArtSchedule", "PixArtT5Loader",
-            "PixArtTextEncode"]
+            "PixArtPromptBatch", "PixArtResolution", "PixArtSASolver", "PixArtSchedule",
+            "PixArtT5Loader", "PixArtTextEncode"]
 
 
 def pixart_nodes(host):
@@ -30,7 +30,7 @@ def test_every_node_is_there_and_described(host):
         assert len(node["category"].split("/")) == 2, name
         assert node["display_name"].startswith("PixArt "), name
         assert len(node["description"]) > 40, name
-        assert node["output_node"] is False, name
+        assert node["output_node"] is name.startswith("PixArtSave"), name
 
 
 def test_every_socket_has_a_tooltip(host):
