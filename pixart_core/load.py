@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checkpoint.config_tensor import with_config_tensor
 from .checkpoint.convert import convert_state_dict
 from .checkpoint.detect import detect_config
 from .checkpoint.identify import require_kind
@@ -141,7 +142,8 @@ def read_transformer(path_or_state_dict: Source, fields: Mapping[str, Any]) -> O
     """What `open_transformer` takes, opened but not read: no weight has been looked at."""
     source = "the state dict"
     if isinstance(path_or_state_dict, Mapping):
-        checkpoint = Checkpoint(Path(), unwrap_state_dict(path_or_state_dict, source))
+        tensors = unwrap_state_dict(path_or_state_dict, source)
+        checkpoint = Checkpoint(Path(), tensors, with_config_tensor(tensors, {}, source))
     else:
         source = Path(path_or_state_dict).name
         checkpoint = read_checkpoint(path_or_state_dict)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config_tensor import with_config_tensor
 from .folder import find_files, neighbour_index, read_index, read_json_object
 from .header import CheckpointError, check_header, describe_bytes
 
@@ -88,9 +89,10 @@ def _read(path: Path, subfolder: str | None, prefer_ema: bool) -> Checkpoint:
     state_dict = _strip_parallel(found.state_dict)
     if not state_dict:
         raise CheckpointError(f"{path} holds no tensors")
+    metadata = with_config_tensor(state_dict, found.metadata, str(path))
     name = pipeline.get("_class_name")
     pipeline_class = name if isinstance(name, str) else None
-    return Checkpoint(path, state_dict, found.metadata, config, pipeline_class, found.mapped)
+    return Checkpoint(path, state_dict, metadata, config, pipeline_class, found.mapped)
 
 
 def _read_shards(index: Path, prefer_ema: bool) -> Checkpoint:
