@@ -204,10 +204,11 @@ def test_sa_solver_is_diffusers(host, predict, sa_scheduler, eta):
     assert error < 1e-4, f"relative error {error:.2e}"
 
 
-def test_why_the_stock_sa_solver_is_not_enough(host, predict, sa_scheduler):
-    """With its settings as near as they go it follows diffusers up to the last step, not there.
+def test_why_the_stock_sa_solver_is_not_enough(host, installation, predict, sa_scheduler):
+    """With its settings as near as they go it follows diffusers up to the last step, not there;
+    0.3.64 leaves the last step out of sigmas that do not end at 0.
 
-    Were this to fail at the second assertion, PixArtSASolver could go.
+    Were this to fail at the last assertion, PixArtSASolver could go.
     """
     before, expected = diffusers_run(sa_scheduler(0.0), predict, 25)
     graph = PaperGraph()
@@ -217,7 +218,8 @@ def test_why_the_stock_sa_solver_is_not_enough(host, predict, sa_scheduler):
     save(graph, graph.custom(graph.stock_sa(eta=0.0), sigmas), "long")
     host.run(graph)
     signal = float(pc.sampling.noise_levels(pc.sampling.uniform_timesteps(25)[-1])[0])
-    assert relative(saved(host, "short") * SCALE * signal, before) < 1e-4
+    if installation.version != "0.3.64":
+        assert relative(saved(host, "short") * SCALE * signal, before) < 1e-4
     assert relative(saved(host, "long") * SCALE, expected) > 0.01
 
 
