@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 # the extras of pyproject.toml, for those who install packages one by one
-PACKAGES = {"pipeline": "diffusers pillow", "cli": "typer rich diffusers pillow"}
+PACKAGES = {"pipeline": "diffusers pillow", "cli": "typer rich diffusers pillow", "gguf": "gguf"}
 
 
 def how_to_install(extra: str) -> str:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from .checkpoint.config_tensor import with_config_tensor
 from .checkpoint.convert import convert_state_dict
 from .checkpoint.detect import detect_config
+from .checkpoint.gguf_native import native_packed
 from .checkpoint.identify import require_kind
 from .checkpoint.mapped import release_pages
 from .checkpoint.read import Checkpoint, CheckpointError, read_checkpoint, unwrap_state_dict
 from .config import PixArtConfig
 from .model.attention import AttentionFunction
 from .model.transformer import PixArtTransformer
+from .quant import PackedTensor, pack_linears, packed_operations
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +33,17 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class OpenedTransformer(NamedTuple):
-    """Native tensors, the config they belong to, whether they are mapped to a file, its name."""
+    """Native tensors, the config they belong to, whether they are mapped to a file, its name.
+
+    `packed` are the block-quantised weights of a GGUF file; `state_dict` has placeholders on the
+    meta device in their place.
+    """
 
     state_dict: dict[str, Tensor]
     config: PixArtConfig
     mapped: bool
     source: str
+    packed: Mapping[str, PackedTensor] = MappingProxyType({})
 
 
 def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
@@ -48,9 +56,11 @@ def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
 
     Raises CheckpointError for unreadable files, other kinds of models, and weights that are
     missing, left over, of the wrong shape, or not finite (skipped with `check_finite=False`, and
-    for 8-bit weights); ValueError where the config cannot be known.
+    for 8-bit weights); ValueError where the config cannot be known. Quantised weights of GGUF
+    files become float32 here.
     """
     opened = read_transformer(path_or_state_dict, fields)
+    opened.state_dict.update((name, packed.dense()) for name, packed in opened.packed.items())
     if check_finite:
         for name, tensor in opened.state_dict.items():
             require_finite(name, tensor, opened.source)
@@ -63,12 +73,16 @@ def load_transformer(path_or_state_dict: Source, dtype: torch.dtype | None = Non
                      **fields: Any) -> PixArtTransformer:
     """A PixArt transformer in eval mode, from anything `open_transformer` takes; raises the same.
 
-    `dtype` None keeps the file's own (bfloat16 for 8-bit float files). There is never a second
-    copy of the weights: the module is built without memory and takes the tensors over, converted
-    one by one where dtype or device differ.
+    `dtype` None keeps the file's own (bfloat16 for 8-bit float files and for quantised GGUF files).
+    There is never a second copy of the weights: the module is built without memory and takes the
+    tensors over, converted one by one where dtype or device differ. Quantised weights of a GGUF
+    file stay packed and are unpacked layer by layer in the forward pass.
     """
     opened = read_transformer(path_or_state_dict, fields)
-    dtype = dtype or main_dtype(opened.state_dict)
+    if dtype is None:
+        dtype = torch.bfloat16 if opened.packed else main_dtype(opened.state_dict)
+    if opened.packed:
+        operations = packed_operations(operations)
     model = _build(opened.config, opened.state_dict, dtype, operations, attention)
     assign_weights(model, opened, device)
     return model.eval()
@@ -117,6 +131,13 @@ def require_finite(name: str, tensor: Tensor, source: str) -> None:
                               "damaged, or the training that wrote it diverged")
 
 
+def require_finite_packed(name: str, packed: PackedTensor, source: str) -> None:
+    """As `require_finite`, for a packed weight: its scales are looked at."""
+    if not packed.is_finite():
+        raise CheckpointError(f"{source}: {name} ({packed.packing}) has scales that are NaN or "
+                              "infinite; the file is damaged")
+
+
 def assign_weights(model: torch.nn.Module, opened: OpenedTransformer,
                    device: torch.device | str | None, *, copy: bool = False,
                    dtypes: Mapping[str, torch.dtype] | None = None) -> None:
@@ -126,11 +147,18 @@ def assign_weights(model: torch.nn.Module, opened: OpenedTransformer,
     (some are float32 in any model) and let go before the next one. Mapped tensors that had to be
     converted, or all of them with `copy`, also leave memory, see `release_pages`; the others
     stay mapped to their file. `dtypes` is for models whose layers are empty until they are loaded.
+    Packed weights go to the layers of `packed_operations` as they are.
     """
     dtypes = dtypes or {name: tensor.dtype for name, tensor in model.state_dict().items()}
     weights: dict[str, Tensor] = {}
     for name, dtype in dtypes.items():
         tensor = opened.state_dict.pop(name)
+        if name in opened.packed:
+            packed = opened.packed[name]
+            require_finite_packed(name, packed, opened.source)
+            pack_linears(model, {name: packed}, device)
+            weights[name] = model.get_parameter(name)
+            continue
         require_finite(name, tensor, opened.source)
         weights[name] = tensor.to(device=device, dtype=dtype, copy=copy)
         if opened.mapped and weights[name] is not tensor:
@@ -146,13 +174,16 @@ def read_transformer(path_or_state_dict: Source, fields: Mapping[str, Any]) -> O
         checkpoint = Checkpoint(Path(), tensors, with_config_tensor(tensors, {}, source))
     else:
         source = Path(path_or_state_dict).name
-        checkpoint = read_checkpoint(path_or_state_dict)
+        checkpoint = read_checkpoint(path_or_state_dict, keep_packed=True)
     require_kind(checkpoint.state_dict, ("pixart", "pixart-diffusers"), source)
     try:
         config = detect_config(checkpoint.state_dict, checkpoint.metadata,
                                config=checkpoint.config,
                                pipeline_class=checkpoint.pipeline_class, **fields)
-        state_dict = convert_state_dict(checkpoint.state_dict, to="native")
+        if checkpoint.packed:
+            state_dict, packed = native_packed(checkpoint.state_dict, checkpoint.packed)
+        else:
+            state_dict, packed = convert_state_dict(checkpoint.state_dict, to="native"), {}
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
     state_dict.pop("pos_embed", None)
@@ -160,7 +191,7 @@ def read_transformer(path_or_state_dict: Source, fields: Mapping[str, Any]) -> O
     if checkpoint.mapped:
         kept = {tensor.data_ptr() for tensor in state_dict.values()}
         release_pages(t for t in checkpoint.state_dict.values() if t.data_ptr() not in kept)
-    return OpenedTransformer(state_dict, config, checkpoint.mapped, source)
+    return OpenedTransformer(state_dict, config, checkpoint.mapped, source, packed)
 
 
 def _build(config: PixArtConfig, state_dict: Mapping[str, Tensor],

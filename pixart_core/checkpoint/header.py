@@ -32,7 +32,7 @@ def describe_bytes(head: bytes) -> str | None:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "a web page, probably an error or log-in page saved by the download; get it again"
     if head.startswith(b"GGUF"):
-        return "a GGUF file, which is not supported yet"
+        return "a GGUF file: rename it to .gguf"
     if head.startswith(b"PK\x03\x04"):
         return "a zip archive, probably a PyTorch file: rename it to .pth"
     if head.startswith(b"\x80") and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):

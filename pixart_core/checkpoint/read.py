@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quant.packed import PackedTensor
 from .config_tensor import with_config_tensor
 from .folder import find_files, neighbour_index, read_index, read_json_object
+from .gguf import read_gguf
 from .header import CheckpointError, check_header, describe_bytes
 
 __all__ = ["Checkpoint", "CheckpointError", "read_checkpoint", "unwrap_state_dict"]
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+GGUF_SUFFIX = ".gguf"
 
 _REFUSED = re.compile(r"unsupported (global|class)[^\n]{0,120}", re.IGNORECASE)
 _WRAPPERS = ("model", "module")
@@ -42,6 +45,7 @@ class Checkpoint:
     `metadata` is the safetensors header's `__metadata__`, `config` the config.json beside the file
     (both {} where there is none) and `pipeline_class` the `_class_name` of the diffusers pipeline
     the folder belongs to. `mapped` says that every tensor is backed by its file, not by memory.
+    `packed` are the block-quantised weights of a GGUF file, see `read_checkpoint`.
     """
 
     path: Path
@@ -50,30 +54,35 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     pipeline_class: str | None = None
     mapped: bool = False
+    packed: dict[str, PackedTensor] = field(default_factory=dict)
 
 
 def read_checkpoint(
-    path: str | Path, subfolder: str | None = None, *, prefer_ema: bool = False
+    path: str | Path, subfolder: str | None = None, *, prefer_ema: bool = False,
+    keep_packed: bool = False,
 ) -> Checkpoint:
     """Read a weight file, one shard of a set, or a diffusers / Hugging Face folder.
 
     `subfolder` is the part of a whole pipeline to enter ("transformer", "text_encoder", "vae"); it
     matters for folders only. Without it the folder itself is tried, then its "transformer".
     `prefer_ema` takes `state_dict_ema` of a training file instead of `state_dict`; whichever exists
-    is taken when there is only one.
+    is taken when there is only one. The quantised weights of a GGUF file become float32; with
+    `keep_packed` those of linear layers stay as they are in `packed`, and `state_dict` has
+    placeholders (on the meta device) in their place.
 
-    Raises CheckpointError, a ValueError, for everything that can be wrong with a file.
+    Raises CheckpointError, a ValueError, for everything that can be wrong with a file, and
+    ImportError for GGUF files where the gguf package is missing.
     """
     path = Path(path)
     try:
-        return _read(path, subfolder, prefer_ema)
+        return _read(path, subfolder, prefer_ema, keep_packed)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _read(path: Path, subfolder: str | None, prefer_ema: bool) -> Checkpoint:
+def _read(path: Path, subfolder: str | None, prefer_ema: bool, keep_packed: bool) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     folder = path
@@ -85,6 +94,10 @@ def _read(path: Path, subfolder: str | None, prefer_ema: bool) -> Checkpoint:
     config = read_json_object(config_file) if config_file.is_file() else {}
     pipeline = read_json_object(pipeline_file) if pipeline_file.is_file() else {}
 
+    if path.suffix.lower() == GGUF_SUFFIX and not path.is_dir():
+        read = read_gguf(path, keep_packed=keep_packed)
+        return Checkpoint(path, read.state_dict, read.metadata, read.config or config,
+                          packed=read.packed)
     found = _read_shards(index, prefer_ema) if index else _read_file(files[0], prefer_ema)
     state_dict = _strip_parallel(found.state_dict)
     if not state_dict:
@@ -120,7 +133,7 @@ def _read_shards(index: Path, prefer_ema: bool) -> Checkpoint:
 def _read_file(path: Path, prefer_ema: bool) -> Checkpoint:
     suffix = path.suffix.lower()
     if suffix not in SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES:
-        known = ", ".join(SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES)
+        known = ", ".join((*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES, GGUF_SUFFIX))
         raise CheckpointError(f"{path.name} is a {suffix or 'suffixless'} file, which is not "
                               f"supported; the formats that are: {known} and diffusers folders")
     with path.open("rb") as file:

@@ -25,6 +25,13 @@ from ..load import open_transformer
 from ..load_control import CONTROLNET_KINDS
 from .common import DTYPES, console, one_of, parse_fields, plain_errors
 from .convert_control import write_control, write_hed
+from .convert_gguf import (
+    DEFAULT_QUANT,
+    ONLY_TRANSFORMERS,
+    QUANTS,
+    check_quant,
+    write_transformer,
+)
 from .convert_lora import write_lora
 
 TRANSFORMER_KINDS = ("pixart", "pixart-diffusers")
@@ -32,9 +39,9 @@ TRANSFORMER_KINDS = ("pixart", "pixart-diffusers")
 
 def convert(
     source: Annotated[Path, typer.Argument(
-        metavar="IN", help="A .pth or .safetensors file, or a diffusers folder.")],
+        metavar="IN", help="A .pth, .safetensors or .gguf file, or a diffusers folder.")],
     target: Annotated[Path, typer.Argument(
-        metavar="OUT", help="A .safetensors file, or a folder for diffusers.")],
+        metavar="OUT", help="A .safetensors or .gguf file, or a folder for diffusers.")],
     to: Annotated[str | None, typer.Option(
         help="Tensor names: native or diffusers. [native for a file, diffusers for a folder]",
     )] = None,
@@ -50,6 +57,8 @@ def convert(
     lora: Annotated[bool, typer.Option(
         "--lora", help="IN is a LoRA of any layout, OUT a file for ComfyUI's own LoRA nodes.",
     )] = False,
+    quant: Annotated[str | None, typer.Option(
+        help=f"For a .gguf OUT: {', '.join(QUANTS)}. [{DEFAULT_QUANT}]")] = None,
 ) -> None:
     """Convert a PixArt transformer, ControlNet, HED network or, with --lora, LoRA.
 
@@ -62,6 +71,7 @@ def convert(
         if lora and (to or ema):
             raise typer.BadParameter("--to and --ema are for models, not for --lora")
         one_of("--dtype", dtype, ("auto", *DTYPES))
+        quant = check_quant(target, quant, to)
         folder = target.is_dir() or target.suffix == ""
         if folder and to == "native":
             raise typer.BadParameter("a folder is diffusers' form; for native names let OUT end "
@@ -70,6 +80,8 @@ def convert(
             raise typer.BadParameter("OUT is IN; write to another file")
         to = to or ("diffusers" if folder else "native")
         cast = functools.partial(_cast, dtype=dtype)
+        if lora and quant:
+            raise typer.BadParameter(ONLY_TRANSFORMERS.format(source.name))
         if lora:
             _say(*write_lora(source, target, cast, base, parse_fields(fields)), target)
             return
@@ -78,6 +90,8 @@ def convert(
             raise typer.BadParameter(f"--base is for ControlNets; {source.name} is none")
         if ema and kind not in TRANSFORMER_KINDS:
             raise typer.BadParameter(f"--ema is for transformers; {source.name} is none")
+        if quant and kind not in TRANSFORMER_KINDS:
+            raise typer.BadParameter(ONLY_TRANSFORMERS.format(source.name))
         if kind in CONTROLNET_KINDS:
             count, said = write_control(source, target, to, cast, base, parse_fields(fields),
                                         folder)
@@ -93,6 +107,9 @@ def convert(
             tensors = cast(convert_state_dict(weights, to=to))
             if folder:
                 write_diffusers_folder(target, tensors, config)
+            elif quant:
+                console.print(write_transformer(target, tensors, config, quant), highlight=False,
+                              soft_wrap=True)
             else:
                 write_checkpoint(target, tensors,
                                  {METADATA_KEY: config.to_json(), "format": "pt"})
@@ -111,7 +128,7 @@ def _say(count: int, notes: list[str], target: Path) -> None:
 
 def _kind(source: Path) -> str:
     inner = "controlnet" if (source / "controlnet").is_dir() else None
-    return identify(read_checkpoint(source, subfolder=inner).state_dict)
+    return identify(read_checkpoint(source, subfolder=inner, keep_packed=True).state_dict)
 
 
 def _open(source: Path, ema: bool, fields: dict[str, Any],

@@ -32,7 +32,7 @@ def describe(path: Path, fields: dict[str, Any]) -> list[Row]:
 
     Raises CheckpointError for files that cannot be read, ValueError for fields that do not fit.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, keep_packed=True)
     kind = identify(checkpoint.state_dict)
     known = next((k for k in KINDS if k.name == kind), UNKNOWN)
     rows = [Row("kind", known.description, "tensor names"), *_sizes(checkpoint)]
@@ -49,13 +49,14 @@ def describe(path: Path, fields: dict[str, Any]) -> list[Row]:
 
 
 def _sizes(checkpoint: Checkpoint) -> list[Row]:
-    tensors = checkpoint.state_dict.values()
-    values = Counter()
-    for tensor in tensors:
-        values[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    values, size = Counter(), 0
+    for name, tensor in checkpoint.state_dict.items():
+        packed = checkpoint.packed.get(name)
+        stored = packed.packing if packed else str(tensor.dtype).removeprefix("torch.")
+        values[stored] += tensor.numel()
+        size += packed.data.nbytes if packed else tensor.nbytes
     dtypes = ", ".join(f"{dtype}" if len(values) == 1 else f"{dtype} ({count:,})"
                        for dtype, count in values.most_common())
-    size = sum(t.numel() * t.element_size() for t in tensors)
     return [Row("parameters", f"{sum(values.values()):,} in {len(checkpoint.state_dict)} tensors"),
             Row("dtype", dtypes), Row("size", f"{size / 2**20:,.1f} MiB")]
 
