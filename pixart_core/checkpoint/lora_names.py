@@ -12,8 +12,9 @@ from .convert import diffusers_module, native_module, native_modules
 # in front of a dotted name; several may follow each other
 _DOTTED = re.compile(r"(?:(?:unet|base_model|model|transformer|diffusion_model|module|lycoris|lora)"
                      r"\.)+")
-_UNDERSCORED = re.compile(r"(?:lora_transformer|lora_unet|lycoris|lora)_"
-                          r"(?:(?:base_model_model|diffusion_model|transformer)_(?=\D))?")
+# in front of an underscored one; "transformer_" may also begin "transformer_blocks_"
+_OUTER = re.compile(r"^(?:lora_transformer|lora_unet|lycoris|lora)_")
+_UNDERSCORED = re.compile(_OUTER.pattern + r"(?:base_model_model|diffusion_model|transformer)_")
 _UNDERSCORED_BLOCK = re.compile(r"(transformer_blocks|blocks)_(\d+)_(.+)")
 _NATIVE_ONLY = re.compile(r"blocks\.\d+\.attn\.(sr|norm)")  # KV compression
 _ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"  # PEFT's name of the adapter, usually "default"
@@ -82,12 +83,8 @@ def find_place(module: str) -> Place | None:
         found = _dotted(_old_attention(name))
         if found:
             return found
-    match = _UNDERSCORED.match(module)
-    names = [module, module.split("_", 1)[-1]]
-    if match:
-        names = [module[match.end():], re.sub(r"^(lora_transformer|lora_unet|lycoris|lora)_", "",
-                                              module)]
-    return next((place for name in names if (place := _underscored(name.replace(".", "_")))), None)
+    names = (_UNDERSCORED.sub("", module, count=1), _OUTER.sub("", module, count=1))
+    return next((place for name in names if (place := _underscored(name))), None)
 
 
 def is_raw_parameter(module: str) -> bool:
