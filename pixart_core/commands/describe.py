@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint import Checkpoint, detect_config, identify, read_checkpoint
-from ..checkpoint.controlnet import as_blocks, detect_controlnet, split_controlnet
+from ..checkpoint.controlnet import detect_controlnet, split_controlnet
 from ..checkpoint.convert import layout_of, strip_prefix
 from ..checkpoint.identify import KINDS, UNKNOWN
-from ..checkpoint.shapes import block_facts, facts_from_shapes
+from ..checkpoint.shapes import facts_from_shapes
 from ..config import METADATA_KEY, PRESETS, PixArtConfig, fields_from_metadata
 
 _LIMIT = 300
@@ -194,9 +194,9 @@ def _controlnet(checkpoint: Checkpoint) -> list[Row]:
     try:
         config = detect_controlnet(parts, checkpoint.metadata, checkpoint.config)
     except ValueError as error:
-        blocks = block_facts(as_blocks(parts.control))
-        return [*rows, Row("copied blocks", str(blocks["depth"]), "tensor names"),
-                Row("num_heads", "unknown", str(error))]
+        copies = {name.split(".")[1] for name in parts.control}
+        return [*rows, Row("copied blocks", str(len(copies)), "tensor names"),
+                Row("not known", str(error))]
     values = dataclasses.asdict(config)
     rows.append(Row("copied blocks", str(values.pop("depth")), "tensor names"))
     stored = fields_from_metadata(checkpoint.metadata)
