@@ -19,6 +19,7 @@ from .model import Control, PixArtControlNet, PixArtTransformer
 from .model.controlnet import check_fit, mode_weights
 from .sampling import add_noise, sample_dmd, sample_dpm, sample_lcm, sample_sa, step_noise
 from .settings import PIXELS_PER_LATENT, Settings
+from .text.embeddings import CaptionEntry, CaptionRow, caption_rows, load_embeddings, stack_rows
 from .vae import LATENT_CHANNELS, VAE, load_vae
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Pipeline:
     Make one with `from_files`, or from modules that are loaded already.
     """
 
-    def __init__(self, transformer: PixArtTransformer, encoder: T5TextEncoder, vae: VAE,
+    def __init__(self, transformer: PixArtTransformer, encoder: T5TextEncoder | None, vae: VAE,
                  controlnet: PixArtControlNet | None = None) -> None:
         self.transformer = transformer
         self.encoder = encoder
@@ -57,6 +58,7 @@ class Pipeline:
         tokenizer: str | Path | None = None,
         controlnet: str | Path | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
+        text_encoder: bool = True,
         **fields: Any,
     ) -> Pipeline:
         """Load transformer, T5 and VAE from files or folders; nothing is downloaded.
@@ -67,8 +69,9 @@ class Pipeline:
         `device` is CUDA where there is one. `tokenizer` (a spiece.model, a tokenizer.json or a
         folder with one) is for T5 files that bring none. `controlnet` is a ControlNet for the
         transformer, which `generate` gives a control image. `loras` are files or PEFT folders and
-        their strengths, merged into the transformer one after the other. `fields` override the
-        model's config (`num_heads=6`, `variant="alpha"`).
+        their strengths, merged into the transformer one after the other. `text_encoder` False
+        loads no T5, for pictures from saved embeddings. `fields` override the model's config
+        (`num_heads=6`, `variant="alpha"`).
 
         Raises CheckpointError (a ValueError) for files that cannot be used, ValueError for
         missing ones, ImportError where diffusers is not installed.
@@ -76,18 +79,20 @@ class Pipeline:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         whole = (Path(transformer) / "model_index.json").is_file()
-        for name, path in (("t5", t5), ("vae", vae)):
-            if path is None and not whole:
+        for name, path in (("t5", t5 or not text_encoder), ("vae", vae)):
+            if not path and not whole:
                 raise ValueError(f"no {name} was given, and {Path(transformer).name} is not a "
                                  "diffusers pipeline folder that could hold one")
-        from .text import T5TextEncoder
-
         model = load_transformer(transformer, dtype=dtype, device=device, **fields)
         apply_loras(model, loras)
         autoencoder = load_vae(vae or transformer, model.config.variant, device=device)
-        encoder = T5TextEncoder.from_path(t5 or transformer, dtype=dtype, tokenizer=tokenizer,
-                                          device=device)
-        if encoder.caption_channels != model.config.caption_channels:
+        encoder = None
+        if text_encoder:
+            from .text import T5TextEncoder
+
+            encoder = T5TextEncoder.from_path(t5 or transformer, dtype=dtype, tokenizer=tokenizer,
+                                              device=device)
+        if encoder is not None and encoder.caption_channels != model.config.caption_channels:
             raise ValueError(f"{Path(t5 or transformer).name} gives captions "
                              f"{encoder.caption_channels} wide, {Path(transformer).name} reads "
                              f"{model.config.caption_channels}; load the T5 that belongs to it")
@@ -127,6 +132,9 @@ class Pipeline:
         control_start: float = 0.0,
         control_end: float = 1.0,
         callback: Callback | None = None,
+        weights: bool = True,
+        embeddings: str | Path | Sequence[CaptionEntry] | None = None,
+        negative_embeddings: str | Path | Sequence[CaptionEntry] | None = None,
     ) -> Image | list[Image]:
         """Draw one picture per prompt: a PIL image for a string, a list for a list.
 
@@ -140,28 +148,39 @@ class Pipeline:
         edges on black for the released ControlNets) steers the part of the schedule from
         `control_start` to `control_end`, 0 to 1, where the pipeline has a ControlNet;
         `control_mode` as in `mode_weights`. `callback(step, total, denoised latents)` follows
-        every step, from 1.
+        every step, from 1. `weights` obeys
+        (word:1.2) in prompts. `embeddings` (a file of `save_embeddings`, or its entries) take the
+        place of the prompt, which is "" then, and `negative_embeddings` that of the negative
+        prompt: with both, no T5 is needed.
 
         Raises ValueError for settings that cannot be followed.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("no prompts were given; for the empty prompt pass [\"\"]")
+        for name, text, other in (("prompt", prompt, embeddings),
+                                  ("negative_prompt", negative_prompt, negative_embeddings)):
+            if text and other is not None:
+                raise ValueError(f"a {name} and embeddings in its place were given; leave one out")
         requests = [
             Settings(text, negative_prompt, height, width, steps, guidance, seed, sampler,
-                     lcm_grid, strength, clean_caption, max_tokens, control_strength,
+                     lcm_grid, strength, clean_caption, weights, max_tokens, control_strength,
                      control_mode, control_start, control_end)
             for text in prompts
         ]
         pictures = self.run(requests[0].resolve(self.config), prompts, image, callback,
-                            control_image)
-        return pictures[0] if isinstance(prompt, str) else pictures
+                            control_image, embeddings, negative_embeddings)
+        return pictures[0] if isinstance(prompt, str) and len(pictures) == 1 else pictures
 
     @torch.inference_mode()
     def run(self, settings: Settings, prompts: list[str] | None = None,
             image: Image | None = None, callback: Callback | None = None,
-            control_image: Image | None = None) -> list[Image]:
-        """Draw resolved settings: one picture for each of `prompts` (or for settings.prompt)."""
+            control_image: Image | None = None,
+            embeddings: str | Path | Sequence[CaptionEntry] | None = None,
+            negative_embeddings: str | Path | Sequence[CaptionEntry] | None = None,
+            ) -> list[Image]:
+        """Draw resolved settings: one picture for each of `prompts` (or for settings.prompt), or
+        for each caption of `embeddings`, which go first."""
         if settings.strength < 1 and image is None:
             raise ValueError(f"strength {settings.strength} needs an image to start from")
         if settings.sampler == "dmd" and image is not None:
@@ -169,8 +188,11 @@ class Pipeline:
                              "out, or name another sampler")
         prompts = prompts or [settings.prompt]
         timesteps = settings.timesteps()
-        x = self._start(settings, len(prompts), timesteps[0], image)
-        predict = self._predictor(settings, prompts, self._control(settings, control_image))
+        positive = self._saved(embeddings) or self._rows(prompts, settings)
+        negative = self._negative(settings, len(positive), negative_embeddings)
+        x = self._start(settings, len(positive), timesteps[0], image)
+        predict = self._guided(settings, positive, negative,
+                               self._control(settings, control_image))
         total = len(timesteps)
 
         def report(i: int, denoised: Tensor) -> None:
@@ -201,17 +223,46 @@ class Pipeline:
         pixels = _to_pixels(image, settings.height, settings.width)
         return add_noise(self.vae.encode(pixels).to(noise).expand(shape), noise, t)
 
-    def _encode(self, texts: list[str], settings: Settings) -> tuple[Tensor, Tensor | None]:
-        """Caption states (B, L, D), cut to the longest, and their mask if one is padded."""
-        if settings.clean_caption:
-            from .text import clean_caption
+    def _rows(self, texts: Sequence[str], settings: Settings) -> list[CaptionRow]:
+        """The caption of every text, each encoded by itself, so that none depends on another."""
+        if self.encoder is None:
+            raise ValueError("this pipeline has no text encoder, which a prompt needs; load T5, or "
+                             "pass embeddings, and negative_embeddings for guidance above 1")
+        from .text import clean_caption
+        from .text.weights import encode_prompt
 
-            texts = [clean_caption(text) for text in texts]
-        states, mask = self.encoder(texts, max_tokens=settings.max_tokens)
-        longest = int(mask.sum(dim=1).max())
-        states, mask = states[:, :longest], mask[:, :longest].bool()
-        device = self._device()
-        return states.to(device), None if bool(mask.all()) else mask.to(device)
+        clean = clean_caption if settings.clean_caption else None
+        states = {text: encode_prompt(self.encoder, text, settings.max_tokens, clean,
+                                      settings.weights) for text in dict.fromkeys(texts)}
+        return [CaptionRow(states[text]) for text in texts]
+
+    def _saved(self, source: str | Path | Sequence[CaptionEntry] | None) -> list[CaptionRow]:
+        """The captions of a file of embeddings, or of its entries; [] for None."""
+        if source is None:
+            return []
+        is_file = isinstance(source, str | Path)
+        name = Path(source).name if is_file else "the embeddings"
+        rows = caption_rows(load_embeddings(source)[0] if is_file else source, name)
+        width, expected = rows[0].states.shape[1], self.config.caption_channels
+        if width != expected:
+            raise ValueError(f"{name} holds captions {width} wide, the model reads {expected}; "
+                             "encode the prompt with the T5 that belongs to the model")
+        return rows
+
+    def _negative(self, settings: Settings, count: int,
+                  source: str | Path | Sequence[CaptionEntry] | None) -> list[CaptionRow]:
+        """The negative caption of each of `count` pictures; [] without guidance."""
+        guided = settings.guidance > 1
+        if (settings.negative_prompt or source is not None) and not guided:
+            logger.warning("guidance is %g, so the negative prompt has no effect; it needs more "
+                           "than 1", settings.guidance)
+        if not guided:
+            return []
+        rows = self._saved(source) or self._rows([settings.negative_prompt], settings)
+        if len(rows) not in (1, count):
+            raise ValueError(f"there are {len(rows)} negative captions for {count} pictures; use "
+                             "one for all, or one for each")
+        return rows * count if len(rows) == 1 else rows
 
     def _control(self, settings: Settings, image: Image | None) -> Control | None:
         """The ControlNet with its encoded image; None without an image."""
@@ -227,20 +278,23 @@ class Pipeline:
 
     def _predictor(self, settings: Settings, prompts: list[str],
                    control: Control | None = None) -> Callable[[Tensor, int], Tensor]:
-        """eps(x, t), guided where guidance is above 1 (classifier-free, arXiv 2207.12598)."""
-        guided = settings.guidance > 1
-        if settings.negative_prompt and not guided:
-            logger.warning("guidance is %g, so the negative prompt has no effect; it needs more "
-                           "than 1", settings.guidance)
-        negative = [settings.negative_prompt] * len(prompts) if guided else []
-        caption, mask = self._encode([*negative, *prompts], settings)
-        prepared = self.transformer.prepare_caption(caption, mask)
-        batch, device = len(caption), self._device()
-        size = torch.tensor([[settings.height, settings.width]], dtype=torch.float32,
-                            device=device).expand(batch, 2)
-        ratio = size[:, :1] / size[:, 1:]
+        """eps(x, t) of prompts, guided where guidance is above 1."""
+        return self._guided(settings, self._rows(prompts, settings),
+                            self._negative(settings, len(prompts), None), control)
+
+    def _guided(self, settings: Settings, positive: list[CaptionRow], negative: list[CaptionRow],
+                control: Control | None) -> Callable[[Tensor, int], Tensor]:
+        """eps(x, t), guided where there are negatives (classifier-free, arXiv 2207.12598)."""
+        rows, guided, device = [*negative, *positive], bool(negative), self._device()
+        prepared = self.transformer.prepare_caption(*stack_rows(rows, device))
+        batch = len(rows)
+        size = torch.tensor([row.size or (settings.height, settings.width) for row in rows],
+                            dtype=torch.float32, device=device)
+        own = [row.aspect_ratio or float("nan") for row in rows]
+        ratio = torch.tensor(own, dtype=torch.float32, device=device)[:, None]
+        ratio = torch.where(ratio.isnan(), size[:, :1] / size[:, 1:], ratio)
         if control is not None and guided and settings.control_mode == "control":
-            control = dataclasses.replace(control, rows=slice(len(prompts), None))
+            control = dataclasses.replace(control, rows=slice(len(negative), None))
 
         def predict(x: Tensor, t: int) -> Tensor:
             batched = torch.cat([x, x]) if guided else x

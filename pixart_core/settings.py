@@ -41,6 +41,7 @@ class Settings:
     lcm_grid: str = "diffusers"
     strength: float = 1.0
     clean_caption: bool = True
+    weights: bool = True
     max_tokens: int | None = None
     control_strength: float = 1.0
     control_mode: str = "balanced"

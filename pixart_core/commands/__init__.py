@@ -8,6 +8,7 @@ import typer
 
 from .common import console, version_text
 from .convert import convert
+from .encode import encode
 from .generate import generate
 from .inspect import inspect
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(encode)
 app.command()(inspect)
 app.command()(convert)
 

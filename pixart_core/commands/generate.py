@@ -22,7 +22,15 @@ from ..png import check_png_path, read_settings, write_png
 from ..settings import GRIDS, SAMPLERS, Settings
 from .common import DTYPES, console, errors, one_of, parse_fields, plain_errors
 from .loras import choose_loras
-from .sources import Sources, choose_files, compare_hashes, file_hashes, with_control
+from .sources import (
+    Sources,
+    choose_files,
+    compare_hashes,
+    file_hashes,
+    saved_prompt,
+    with_control,
+    with_embeddings,
+)
 
 _Flag = typer.Option
 _RECORDED = tuple(f.name for f in dataclasses.fields(Settings))
@@ -83,6 +91,13 @@ def generate(
     clean: Annotated[bool | None, _Flag(
         "--clean/--no-clean", help="Clean the prompt as the training captions were. [clean]",
         show_default=False)] = None,
+    weights: Annotated[bool | None, _Flag(
+        "--weights/--no-weights", help="Obey (word:1.2) in prompts. [weights]",
+        show_default=False)] = None,
+    embeddings: Annotated[Path | None, _Flag(
+        help="In place of a prompt: a file of `pixart encode` or PixArt Save Embeddings.")] = None,
+    negative_embeddings: Annotated[Path | None, _Flag(
+        help="The same in place of --negative. With both files no T5 is needed.")] = None,
     device: Annotated[str, _Flag(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, _Flag(
         help="auto, float32, bfloat16 or float16. [auto: float32 on the CPU]")] = None,
@@ -99,8 +114,16 @@ def generate(
     background), so that it works right after installation.
     """
     with plain_errors():
-        if prompt is None and like is None:
-            raise typer.BadParameter("a prompt is needed (or --like PICTURE)")
+        if prompt is None and like is None and embeddings is None:
+            raise typer.BadParameter("a prompt is needed (or --embeddings FILE, --like PICTURE)")
+        for option, text, file in (("a prompt", prompt, embeddings),
+                                   ("--negative", negative, negative_embeddings)):
+            if text is not None and file is not None:
+                raise typer.BadParameter(f"{option} and {file.name} in its place were given; leave "
+                                         "one out")
+        if max_tokens is not None and embeddings is not None:
+            raise typer.BadParameter("--max-tokens is for `pixart encode` where --embeddings are "
+                                     "given")
         one_of("--device", device, ("auto", "cpu", "cuda"))
         if dtype is not None:
             one_of("--dtype", dtype, ("auto", *DTYPES))
@@ -116,10 +139,13 @@ def generate(
             raise typer.BadParameter("--ignore-hashes needs --like")
         recorded = read_settings(like) if like else {}
         given = {
-            "prompt": prompt, "negative_prompt": negative, "height": height, "width": width,
+            "prompt": prompt if embeddings is None else saved_prompt(embeddings),
+            "negative_prompt": (negative if negative_embeddings is None
+                                else saved_prompt(negative_embeddings)),
+            "height": height, "width": width,
             "steps": steps, "guidance": guidance, "seed": seed, "sampler": sampler,
             "lcm_grid": grid, "strength": strength, "clean_caption": clean,
-            "max_tokens": max_tokens, "control_strength": control_strength,
+            "weights": weights, "max_tokens": max_tokens, "control_strength": control_strength,
             "control_mode": control_mode, "control_start": control_start,
             "control_end": control_end,
         }
@@ -131,6 +157,7 @@ def generate(
         sources = choose_files(model, t5, tokenizer, vae, lcm, image, recorded)
         sources = with_control(sources, controlnet, control_image, hed)
         sources = dataclasses.replace(sources, loras=choose_loras(lora, recorded))
+        sources = with_embeddings(sources, embeddings, negative_embeddings)
         hashes = file_hashes(sources)
         if like and not ignore_hashes:
             compare_hashes(hashes, recorded.get("files"), like)
@@ -185,13 +212,14 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
         pipeline = Pipeline.from_files(
             transformer=sources.transformer, t5=sources.t5, vae=sources.vae,
             tokenizer=sources.tokenizer, controlnet=sources.controlnet, loras=sources.loras,
-            dtype=DTYPES[dtype], device=device, **overrides)
+            text_encoder=sources.text_encoder, dtype=DTYPES[dtype], device=device, **overrides)
         settings = settings.resolve(pipeline.config)
         progress.update(task, description="drawing", total=len(settings.timesteps()))
         picture = pipeline.run(
             settings, image=sources.open_image(),
             callback=lambda step, total, _: progress.update(task, completed=step),
-            control_image=sources.open_control_image())[0]
+            control_image=sources.open_control_image(), embeddings=sources.embeddings,
+            negative_embeddings=sources.negative_embeddings)[0]
     record = {**settings.as_dict(), "loras": [strength for _, strength in sources.loras],
               "fields": overrides, "dtype": dtype, "device": device.type,
               "files": hashes, "versions": _versions()}

@@ -33,6 +33,16 @@ class Sources:
     control_image: Path | None = None
     hed: Path | None = None
     loras: tuple[tuple[Path, float], ...] = ()
+    embeddings: Path | None = None
+    negative_embeddings: Path | None = None
+
+    @property
+    def text_encoder(self) -> bool:
+        """Whether T5 is to be loaded: there is one, and something to encode."""
+        if self.embeddings is None:
+            return True
+        known = self.t5 is not None or (self.transformer / "model_index.json").is_file()
+        return known and self.negative_embeddings is None
 
     def open_image(self) -> Image | None:
         """The picture to start from; ValueError when it cannot be read as one."""
@@ -86,6 +96,31 @@ def with_control(sources: Sources, controlnet: Path | None, control_image: Path 
                                hed=hed)
 
 
+def with_embeddings(sources: Sources, embeddings: Path | None,
+                    negative_embeddings: Path | None) -> Sources:
+    """`sources` with encoded prompts, and without the T5 that they leave nothing to do."""
+    unused = embeddings is not None and negative_embeddings is not None
+    return dataclasses.replace(
+        sources, embeddings=embeddings, negative_embeddings=negative_embeddings,
+        t5=None if unused else sources.t5, tokenizer=None if unused else sources.tokenizer)
+
+
+def saved_prompt(embeddings: Path) -> str:
+    """The prompt that a file of embeddings was made from, "" where it does not say.
+
+    Raises CheckpointError for other files, ValueError for a file of several captions.
+    """
+    from ..text.embeddings import caption_rows, load_embeddings
+
+    entries, info = load_embeddings(embeddings)
+    count = len(caption_rows(entries, embeddings.name))
+    if count != 1:
+        raise ValueError(f"{embeddings.name} holds {count} captions, and this command draws one "
+                         "picture; encode the prompts one by one, or load it in ComfyUI")
+    prompt = info.get("prompt")
+    return prompt if isinstance(prompt, str) else ""
+
+
 def choose_files(model: Path | None, t5: Path | None, tokenizer: Path | None, vae: Path | None,
                  lcm: bool, image: Path | None, recorded: dict[str, Any]) -> Sources:
     """The files named, or the starter family's; `recorded` are the settings of --like.
@@ -117,7 +152,9 @@ def file_hashes(sources: Sources) -> dict[str, dict[str, str]]:
     paths = {"transformer": sources.transformer, "t5": sources.t5, "vae": sources.vae,
              "tokenizer": sources.tokenizer, "image": sources.image,
              "controlnet": sources.controlnet, "control_image": sources.control_image,
-             "hed": sources.hed, **lora_files([path for path, _ in sources.loras])}
+             "hed": sources.hed, "embeddings": sources.embeddings,
+             "negative_embeddings": sources.negative_embeddings,
+             **lora_files([path for path, _ in sources.loras])}
     return {part: {"name": path.name, "sha256": sha256_file(path)}
             for part, path in paths.items() if path is not None}
 

@@ -1,4 +1,4 @@
-"""Text to caption embeddings: cleaning, tokens, the T5 v1.1 encoder and its files.
+"""Text to caption embeddings: cleaning, weights, tokens, the T5 v1.1 encoder, and their files.
 
 Names are imported when first used, so that `import pixart_core` does not wait for transformers.
 """
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .caption import clean_caption, simple_caption
+    from .embeddings import CaptionEntry, load_embeddings, save_embeddings
     from .encoder import T5TextEncoder
     from .t5_file import T5Config, T5File, read_t5
     from .tokenizer import CaptionTokenizer, TokenizedCaption
+    from .weights import encode_prompt, parse_weights
 
 _HOME = {
     "clean_caption": "caption",
@@ -23,16 +25,26 @@ _HOME = {
     "T5File": "t5_file",
     "read_t5": "t5_file",
     "T5TextEncoder": "encoder",
+    "CaptionEntry": "embeddings",
+    "load_embeddings": "embeddings",
+    "save_embeddings": "embeddings",
+    "encode_prompt": "weights",
+    "parse_weights": "weights",
 }
 
 __all__ = [
+    "CaptionEntry",
     "CaptionTokenizer",
     "T5Config",
     "T5File",
     "T5TextEncoder",
     "TokenizedCaption",
     "clean_caption",
+    "encode_prompt",
+    "load_embeddings",
+    "parse_weights",
     "read_t5",
+    "save_embeddings",
     "simple_caption",
 ]
 
