@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .conditioning import PixArtNullCaption, PixArtTextEncode
 from .control import PixArtControlNetApply, PixArtControlNetLoader
 from .dmd import PixArtDMDSampler, PixArtDMDSchedule
+from .embeddings import PixArtLoadEmbeddings, PixArtSaveEmbeddings
 from .hed import PixArtHEDEdges, PixArtHint
 from .host import files
 from .lcm import PixArtLCMSampler, PixArtLCMSchedule
@@ -25,6 +26,8 @@ NODES: list[type[io.ComfyNode]] = [
     PixArtTextEncode,
     PixArtPromptBatch,
     PixArtNullCaption,
+    PixArtSaveEmbeddings,
+    PixArtLoadEmbeddings,
     PixArtResolution,
     PixArtLCMSampler,
     PixArtLCMSchedule,

@@ -12,9 +12,9 @@ from pixart_core.starter import find_starter
 STARTER = find_starter()
 NODE_IDS = ["PixArtControlNetApply", "PixArtControlNetLoader", "PixArtDMDSampler",
             "PixArtDMDSchedule", "PixArtHEDEdges", "PixArtHint", "PixArtLCMSampler",
-            "PixArtLCMSchedule", "PixArtLoRALoader", "PixArtLoader", "PixArtNullCaption",
-            "PixArtPromptBatch", "PixArtResolution", "PixArtSASolver", "PixArtSchedule",
-            "PixArtT5Loader", "PixArtTextEncode"]
+            "PixArtLCMSchedule", "PixArtLoRALoader", "PixArtLoadEmbeddings", "PixArtLoader",
+            "PixArtNullCaption", "PixArtPromptBatch", "PixArtResolution", "PixArtSASolver",
+            "PixArtSaveEmbeddings", "PixArtSchedule", "PixArtT5Loader", "PixArtTextEncode"]
 
 
 def pixart_nodes(host):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from checks import relative, save, saved
+from checks import refused, relative, save, saved
 from graphs import LCM, MODEL, PROMPT, T5, Graph, StarterGraph
+from safetensors.torch import save_file
 
 from pixart_core.text import clean_caption
 from pixart_core.text.weights import encode_prompt
@@ -141,3 +142,105 @@ def test_prompts_of_equal_length_need_no_mask(host):
     save(graph, graph.positive, "equal_batch")
     values = host.run(graph).json("ProbeSaveTensors")
     assert list(values["tensors"]) == ["value.0.0"]
+
+
+def load_graph(name):
+    """A graph that draws from files alone: no text encoder in it."""
+    graph = Graph()
+    loaded = graph.add("PixArtLoadEmbeddings", file=name)
+    model = graph.add("PixArtLoader", model_name=MODEL)
+    latent = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+    graph.add("ProbeSaveTensors", value=loaded, name="loaded")
+    save(graph, graph.add("KSampler", model=model, positive=loaded, negative=loaded, seed=1,
+                          latent_image=latent, steps=2, cfg=1.0, sampler_name="dpmpp_2m",
+                          scheduler="simple", denoise=1.0), "drawn")
+    return graph, loaded
+
+
+def test_embeddings_come_back_bit_for_bit(host):
+    """A prompt batch with its mask, sizes and an area mask: tensors, values and what is drawn."""
+    graph = StarterGraph()
+    sized = graph.encode("a (red:1.2) circle", width=96, height=64, aspect_ratio=0.7)
+    mask = graph.add("SolidMask", value=0.5, width=64, height=64)
+    masked = graph.add("ConditioningSetMask", conditioning=sized, mask=mask, strength=0.8,
+                       set_cond_area="default")
+    area = graph.add("ConditioningSetArea", conditioning=sized, width=64, height=64, x=0, y=8,
+                     strength=1.0)
+    batch = graph.add("PixArtPromptBatch", clip=graph.clip, prompts="\n".join(PROMPTS),
+                      clean_caption=True, max_tokens=300)
+    both = graph.add("ConditioningCombine", conditioning_1=masked, conditioning_2=area)
+    both = graph.add("ConditioningCombine", conditioning_1=both, conditioning_2=batch)
+    shown = graph.add("PixArtSaveEmbeddings", conditioning=both,
+                      filename_prefix="embeddings/everything")
+    before = save(graph, both, "saved")
+    result = host.run(graph)
+    name = result.text(shown)
+    assert name == "embeddings/everything_00001_.safetensors" and (host.output_dir / name).is_file()
+    assert not list((host.output_dir / "embeddings").glob("*.part"))
+
+    graph = Graph()
+    loaded = graph.add("PixArtLoadEmbeddings", file=f"{name} [output]")
+    after = save(graph, loaded, "loaded")
+    again = host.run(graph)
+    assert again.json(after) == result.json(before)
+    tensors = host.read_tensors("saved")
+    assert len(tensors) >= 5
+    assert all(torch.equal(t, tensors[k]) for k, t in host.read_tensors("loaded").items())
+    assert set(again.text(loaded).splitlines()) == {"a (red:1.2) circle", *PROMPTS}
+
+
+def test_a_file_of_the_command_line_draws_without_a_text_encoder(host, encoder):
+    """`pixart encode` and the node write one format; the picture is the engine's own prompt's."""
+    from pixart_core.text.embeddings import CaptionEntry, load_embeddings, save_embeddings
+
+    states = encode_prompt(encoder, PROMPT, 24, clean_caption)
+    folder = host.models_dir / "embeddings"
+    folder.mkdir(exist_ok=True)
+    save_embeddings(folder / "cli.safetensors", [CaptionEntry(states[None])], {"prompt": PROMPT})
+    graph, loaded = load_graph("cli.safetensors")
+    result = host.run(graph)
+    assert result.text(loaded) == PROMPT
+    assert torch.equal(saved(host, "loaded", "value.0.0")[0], states)
+
+    graph = StarterGraph()
+    shown = graph.add("PixArtSaveEmbeddings", conditioning=graph.positive,
+                      filename_prefix="embeddings/node")
+    save(graph, graph.ksampler(seed=1, steps=2, cfg=1.0), "encoded")
+    path = host.output_dir / host.run(graph).text(shown)
+    entries, info = load_embeddings(path)
+    assert info == {"prompt": PROMPT, "encoder": T5} and len(entries) == 1
+    assert relative(entries[0].caption[0], states) < 1e-5
+    assert relative(saved(host, "drawn"), saved(host, "encoded")) < 1e-4
+
+
+def test_files_that_hold_no_prompt_are_refused(host):
+    """Before anything runs, once, and with what to do."""
+    folder = host.models_dir / "embeddings"
+    folder.mkdir(exist_ok=True)
+    save_file({"t5xxl": torch.ones(2, 64)}, folder / "inversion.safetensors")
+    (folder / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    for name, word in (("inversion.safetensors", "no encoded prompt"),
+                       ("cut.safetensors", "cut short")):
+        graph, loaded = load_graph(name)
+        refused(host, graph, name, word, node=loaded)
+
+
+def test_names_that_lead_elsewhere_are_refused(host):
+    (host.output_dir / "outside.safetensors").write_bytes(b"")
+    for name in ("embeddings/../outside.safetensors [output]", "../outside.safetensors",
+                 "embeddings/nothing.safetensors [output]"):
+        graph, _ = load_graph(name)
+        assert host.run(graph, ok=False).error.kind == "validation"
+
+
+def test_conditioning_that_no_file_can_hold(host):
+    """A ControlNet in it: refused, and no file is left."""
+    graph = StarterGraph()
+    control = graph.add("ProbeForeignControl")
+    image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0)
+    steered = graph.add("ControlNetApply", conditioning=graph.positive, control_net=control,
+                        image=image, strength=1.0)
+    graph.add("PixArtSaveEmbeddings", conditioning=steered, filename_prefix="embeddings/control")
+    error = host.run(graph, ok=False).error
+    assert error.node_type == "PixArtSaveEmbeddings" and "'control'" in error.message
+    assert not list((host.output_dir / "embeddings").glob("control*"))
