@@ -31,7 +31,7 @@ def check_file(check: Any, key: str, name: str | None) -> bool | str:
         return True
     try:
         check(files.full_path(key, name))
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, ImportError) as error:
         return str(error)
     return True
 

@@ -156,7 +156,7 @@ def assign_weights(model: torch.nn.Module, opened: OpenedTransformer,
         if name in opened.packed:
             packed = opened.packed[name]
             require_finite_packed(name, packed, opened.source)
-            pack_linears(model, {name: packed}, device)
+            pack_linears(model, {name: packed.to(device, copy=copy)})
             weights[name] = model.get_parameter(name)
             continue
         require_finite(name, tensor, opened.source)

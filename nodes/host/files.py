@@ -10,6 +10,9 @@ import folder_paths
 from ...pixart_core.checkpoint import CheckpointError
 from ...pixart_core.checkpoint.folder import find_files, read_index
 from ...pixart_core.starter import find_starter
+from .gguf import gguf_names
+
+GGUF_KEYS = ("diffusion_models", "text_encoders")
 
 
 def register_starter() -> None:
@@ -24,7 +27,7 @@ def register_starter() -> None:
 
 
 def choices(key: str) -> list[str]:
-    """Names under a folder key: files as the host lists them, then folders that are one model.
+    """Names under a folder key: files as the host lists them and GGUF files, then model folders.
 
     The files of such a folder are left out: the folder stands for them.
     """
@@ -32,6 +35,8 @@ def choices(key: str) -> list[str]:
     parts = {part for names in folders.values() for part in names}
     files = [name for name in folder_paths.get_filename_list(key)
              if Path(name).as_posix() not in parts]
+    if key in GGUF_KEYS:
+        files = sorted({*files, *gguf_names(key)})
     return [*files, *sorted(folders)]
 
 

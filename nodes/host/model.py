@@ -28,7 +28,8 @@ from ...pixart_core.load import (
 )
 from .conds import AreaCond, CaptionCond, CaptionMaskCond
 from .files import fingerprint
-from .transformer import HostTransformer
+from .gguf import GGUFOperations, PackedPatcher, refuse_saving
+from .transformer import WRONG_CONTROL, HostTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,10 @@ class PixArtModel(comfy.model_base.PixArt):
     def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
         """What a sampler passes for each conditioning, batched by the host."""
         out = super(comfy.model_base.PixArt, self).extra_conds(**kwargs)
+        residuals = residual_count(kwargs.get("control"))
         if kwargs.get("noise") is not None:
-            residuals = getattr(kwargs.get("control"), "residual_count", 0)
-            out["areas"] = AreaCond(tuple(kwargs["noise"].shape[-2:]), residuals)
+            out["areas"] = AreaCond(tuple(kwargs["noise"].shape[-2:]),
+                                    kwargs.get("prompt_type", "positive") == "positive", residuals)
         caption = kwargs.get("cross_attn")
         if caption is not None:
             self._check_caption(caption)
@@ -68,6 +70,11 @@ class PixArtModel(comfy.model_base.PixArt):
             out["aspect_ratio"] = comfy.conds.CONDRegular(ratio.float().view(torch.int32))
         return out
 
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
+        """Sizes that the host's first memory estimate goes by."""
+        return {**super().extra_conds_shapes(**kwargs),
+                "areas": [residual_count(kwargs.get("control"))]}
+
     def memory_required(self, input_shape: list[int],
                         cond_shapes: dict[str, list] | None = None) -> float:
         """Bytes that one call needs, the residuals of ControlNets among them."""
@@ -79,6 +86,11 @@ class PixArtModel(comfy.model_base.PixArt):
             self.manual_cast_dtype or self.get_dtype())
         return super().memory_required(input_shape, cond_shapes=cond_shapes) + residuals
 
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What save nodes write; ValueError for packed weights."""
+        refuse_saving(self)
+        return super().state_dict_for_saving(*args, **kwargs)
+
     def _check_caption(self, caption: Tensor) -> None:
         expected = self.pixart_config.caption_channels
         if caption.shape[-1] != expected:
@@ -86,6 +98,20 @@ class PixArtModel(comfy.model_base.PixArt):
                 f"the text conditioning is {caption.shape[-1]} wide, this PixArt model was "
                 f"trained on {expected}: load the T5 that belongs to it with PixArt T5 Loader "
                 "(T5 v1.1 XXL for every released PixArt)")
+
+
+def residual_count(control: Any) -> int:
+    """Token tensors that a chain of ControlNets adds: they share one set, that of the deepest.
+
+    Raises ValueError for a chain that is not of PixArt ControlNets alone, before any of them runs.
+    """
+    count = 0
+    while control is not None:
+        own = getattr(control, "residual_count", None)
+        if own is None:
+            raise ValueError(WRONG_CONTROL)
+        count, control = max(count, own), control.previous_controlnet
+    return count
 
 
 class _BuildsOurs:
@@ -150,13 +176,16 @@ def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dyn
     if dtype is None:
         dtype = management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(state_dict),
-            supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(state_dict))
+            supported_dtypes=supported,
+            weight_dtype=None if opened.packed else comfy.utils.weight_dtype(state_dict))
     settings.set_inference_dtype(
         dtype, management.unet_manual_cast(dtype, load_device, supported))
 
+    if opened.packed:
+        settings.custom_operations = GGUFOperations
     model = settings.get_model(state_dict)
-    patcher = _patcher_class(disable_dynamic)(model, load_device=load_device,
-                                              offload_device=offload_device)
+    patcher_class = PackedPatcher if opened.packed else _patcher_class(disable_dynamic)
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():

@@ -23,6 +23,7 @@ class PackedWeight:
 
     packing: str | None = None
     dense_shape: torch.Size
+    compute_dtype: torch.dtype | None = None  # that of the input, unless a layer needs a wider one
 
     def pack(self, weight: PackedTensor) -> None:
         """Take over packed bytes as the weight; they are not copied."""
@@ -39,6 +40,7 @@ class PackedWeight:
     def forward(self, x: Tensor) -> Tensor:
         if self.packing is None:
             return super().forward(x)
+        x = x.to(self.compute_dtype or x.dtype)
         return F.linear(x, self.unpacked(self.weight, x.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -47,6 +49,16 @@ class PackedWeight:
 
 class PackedLinear(PackedWeight, nn.Linear):
     """torch.nn.Linear that can hold a packed weight."""
+
+    @classmethod
+    def holding(cls, weight: PackedTensor, compute_dtype: torch.dtype | None = None,
+                ) -> PackedLinear:
+        """A layer without bias around a packed weight (out, in)."""
+        rows, columns = weight.shape
+        layer = cls(columns, rows, bias=False, device="meta")
+        layer.compute_dtype = compute_dtype
+        layer.pack(weight)
+        return layer
 
 
 class PackedOperations:
@@ -79,8 +91,7 @@ def _linear_class(base: type[nn.Module]) -> type[nn.Module]:
     return PackedLinear if base is nn.Linear else type("PackedLinear", (PackedWeight, base), {})
 
 
-def pack_linears(model: nn.Module, weights: Mapping[str, PackedTensor],
-                 device: torch.device | str | None = None) -> None:
+def pack_linears(model: nn.Module, weights: Mapping[str, PackedTensor]) -> None:
     """Hand packed weights ("blocks.0.attn.qkv.weight") to the layers they belong to.
 
     Raises ValueError where there is no such layer, or it cannot hold a packed weight.
@@ -89,4 +100,4 @@ def pack_linears(model: nn.Module, weights: Mapping[str, PackedTensor],
         layer = model.get_submodule(name.removesuffix(".weight"))
         if not isinstance(layer, PackedWeight):
             raise ValueError(f"{name} is packed, but its layer is a {type(layer).__name__}")
-        layer.pack(weight.to(device) if device is not None else weight)
+        layer.pack(weight)

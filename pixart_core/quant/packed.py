@@ -14,7 +14,7 @@ from .blocks import PACKINGS, dequantize, finite_scales
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """`data` uint8, rows outermost, in the block format `packing`; `shape` that of the weight."""
+    """`data` of 8-bit integers in the block format `packing`; `shape` that of the weight."""
 
     data: Tensor
     packing: str
@@ -35,8 +35,12 @@ class PackedTensor:
         """A tensor of the weight's shape that holds no memory, for code that looks at shapes."""
         return torch.empty(self.shape, device="meta")
 
-    def to(self, device: torch.device | str | None) -> PackedTensor:
-        return PackedTensor(self.data.to(device), self.packing, self.shape)
+    def to(self, device: torch.device | str | None, *, copy: bool = False) -> PackedTensor:
+        return PackedTensor(self.data.to(device, copy=copy), self.packing, self.shape)
+
+    def viewed_as(self, dtype: torch.dtype) -> PackedTensor:
+        """The same bytes as another 8-bit dtype."""
+        return PackedTensor(self.data.view(dtype), self.packing, self.shape)
 
     def is_finite(self) -> bool:
         return bool(finite_scales(self.data, self.packing))
