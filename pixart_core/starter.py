@@ -1,6 +1,7 @@
 """Where the starter models are: a small family that comes with the project and needs no download.
 
-They draw one coloured shape on a coloured background at 64 px, in a second on a CPU.
+They draw one coloured shape on a coloured background at 64 px, in a second on a CPU, along the
+edges of another picture where they are given some.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ LCM = "diffusion_models/pixart_starter_lcm.safetensors"
 T5 = "text_encoders/t5"
 T5_FILE = "text_encoders/t5_starter.safetensors"
 VAE = "vae/vae_starter.safetensors"
+CONTROLNET = "controlnet/edges_starter.safetensors"
+HED = "controlnet/hed_starter.safetensors"
 
 _PACKAGE = Path(__file__).resolve().parent
 _FOLDERS = (_PACKAGE.parent / "starter", _PACKAGE / "starter_weights")
@@ -25,7 +28,7 @@ class Starter:
 
     `t5` is a folder with its tokenizer beside it, `t5_file` the same encoder in one file with the
     tokenizer inside. `guidance` is for `transformer`; `lcm`, its few-step student, runs
-    `lcm_steps` steps without guidance.
+    `lcm_steps` steps without guidance. `controlnet` steers both by the edges that `hed` finds.
     """
 
     transformer: Path
@@ -33,6 +36,8 @@ class Starter:
     t5: Path
     t5_file: Path
     vae: Path
+    controlnet: Path
+    hed: Path
     image_size: int = 64
     steps: int = 20
     guidance: float = 4.5
@@ -42,7 +47,7 @@ class Starter:
 def starter_in(folder: str | Path) -> Starter | None:
     """The starter family of `folder`, or None when any of its files is missing there."""
     folder = Path(folder)
-    paths = [folder / name for name in (TRANSFORMER, LCM, T5, T5_FILE, VAE)]
+    paths = [folder / name for name in (TRANSFORMER, LCM, T5, T5_FILE, VAE, CONTROLNET, HED)]
     return Starter(*paths) if all(path.exists() for path in paths) else None
 
 
