@@ -16,7 +16,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ...pixart_core.checkpoint.lora import read_lora
-from ...pixart_core.checkpoint.lora_apply import check_fit
+from ...pixart_core.checkpoint.lora_apply import check_fit, weight_shapes
 from ...pixart_core.checkpoint.lora_export import (
     has_changed_row_norms,
     host_leaves,
@@ -85,8 +85,7 @@ def apply_lora(model: comfy.model_patcher.ModelPatcher, lora: LoRA,
     if not isinstance(model.model, comfy.model_base.PixArt):
         raise ValueError(f"the model is a {type(model.model).__name__}, not a PixArt; wire the "
                          "model from PixArt Model Loader, or use the host's LoRA loader")
-    shapes = {name.removeprefix(PREFIX): tensor.shape
-              for name, tensor in model.model.state_dict().items() if name.startswith(PREFIX)}
+    shapes = weight_shapes(model.model.diffusion_model)
     notes = [*lora.notes, *check_fit(lora, shapes)]
     patched = model.clone()
     layers = [layer for layer in lora.layers if layer.target in shapes]

@@ -32,31 +32,61 @@ def apply_loras(target: nn.Module | Mapping[str, Tensor],
     """Merge LoRAs with their strengths, one after the other, as ComfyUI does.
 
     A module (PixArtTransformer) is changed in place and returned; of a state dict in native names
-    a changed copy is returned. Sums are taken in float32 and cast back to each weight's dtype once.
+    a changed copy is returned. Sums are taken in float32 and cast back to each weight's dtype once;
+    layers with packed weights (GGUF) that a LoRA changes become ordinary ones.
 
     Raises CheckpointError, before anything is changed, when a LoRA does not fit.
     """
-    weights = dict(target.named_parameters() if isinstance(target, nn.Module) else target.items())
+    if isinstance(target, nn.Module):
+        weights, packed = dict(target.named_parameters()), packed_layers(target)
+        shapes = weight_shapes(target)
+    else:
+        weights, packed = dict(target.items()), {}
+        shapes = {name: tensor.shape for name, tensor in weights.items()}
     opened = [(lora if isinstance(lora, LoRA) else read_lora(lora), strength)
               for lora, strength in loras]
     todo: dict[str, list[tuple[LoRALayer, float]]] = {}
     for lora, strength in opened:
-        for note in (*lora.notes, *check_fit(lora, {k: w.shape for k, w in weights.items()})):
+        for note in (*lora.notes, *check_fit(lora, shapes)):
             logger.warning(note)
         for layer in lora.layers:
             if layer.target in weights:
                 todo.setdefault(layer.target, []).append((layer, strength))
     for name, layers in todo.items():
         weight = weights[name]
-        merged = weight.detach().float().clone()
+        if name in packed:
+            merged = packed[name].unpacked(weight.detach(), torch.float32)
+        else:
+            merged = weight.detach().float().clone()
         for layer, strength in layers:
             rows = merged.chunk(layer.parts)[layer.part]
             rows += strength * (changed(rows, layer) - rows)
-        if isinstance(target, nn.Module):
+        if name in packed:
+            _unpack(packed[name], merged)
+        elif isinstance(target, nn.Module):
             weight.data = merged.to(weight.dtype)
         else:
             weights[name] = merged.to(weight.dtype)
     return target if isinstance(target, nn.Module) else weights
+
+
+def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` whose weight is packed, by the weight's name."""
+    return {f"{name}.weight": layer for name, layer in model.named_modules()
+            if getattr(layer, "packing", None) is not None}
+
+
+def weight_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Shape of every weight of a model by its name; of packed ones that of the weight inside."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return shapes | {name: layer.dense_shape for name, layer in packed_layers(model).items()}
+
+
+def _unpack(layer: nn.Module, weight: Tensor) -> None:
+    """Make a packed layer an ordinary one with `weight`, in the dtype that its bias has."""
+    layer.packing = None
+    layer.weight = nn.Parameter(weight if layer.bias is None else weight.to(layer.bias.dtype),
+                                requires_grad=False)
 
 
 def check_fit(lora: LoRA, shapes: Mapping[str, Sequence[int]]) -> list[str]:

@@ -1,5 +1,6 @@
 """One LoRA under every naming that trainers use, and files that are none for PixArt."""
 
+import dataclasses
 import math
 import re
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pixart_core as pc
 from pixart_core.checkpoint import CheckpointError
 from pixart_core.checkpoint.convert import diffusers_module, native_modules
 from pixart_core.checkpoint.lora import read_lora
 from pixart_core.checkpoint.lora_apply import apply_lora
 from pixart_core.checkpoint.lora_layer import normalised
 from pixart_core.checkpoint.lora_names import find_place
+from pixart_core.starter import find_starter
 
 A, B, PEFT = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 
@@ -244,3 +247,24 @@ def test_loras_of_another_pixart(make_weights, tensors, words):
     """Refused before a weight is changed."""
     with pytest.raises(CheckpointError, match=words):
         apply_lora(make_weights(), read_lora(tensors))
+
+
+@torch.no_grad()
+def test_a_packed_model(tmp_path):
+    """GGUF: layers that the LoRA changes are unpacked, the others stay packed."""
+    pytest.importorskip("gguf")
+    from pixart_core.checkpoint.gguf_write import write_gguf
+
+    weights, config = pc.open_transformer(find_starter().transformer)
+    write_gguf(tmp_path / "model.gguf", weights, config, "Q4_0")
+    lora = read_lora(one(out=192, columns=192, alpha=torch.tensor(0.1)))
+    packed = pc.load_transformer(tmp_path / "model.gguf", dtype=torch.float32)
+    dense = pc.load_transformer(pc.open_transformer(tmp_path / "model.gguf")[0],
+                                dtype=torch.float32, **dataclasses.asdict(config))
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500.0]),
+              torch.randn(1, 5, config.caption_channels))
+    before = packed(*inputs)
+    out, expected = (apply_lora(model, lora)(*inputs) for model in (packed, dense))
+    assert (before - expected).norm() / expected.norm() > 1e-3
+    assert (out - expected).norm() / expected.norm() < 1e-5
+    assert packed.blocks[0].attn.qkv.packing is None and packed.blocks[1].attn.qkv.packing

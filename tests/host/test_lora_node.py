@@ -1,5 +1,7 @@
 """PixArt LoRA Loader against peft, the engine and the host's own LoRA nodes."""
 
+import subprocess
+
 import pytest
 import torch
 from checks import choices, refused, relative, save, saved, starter_file, write
@@ -16,7 +18,9 @@ from lora_checks import (
     stock,
 )
 
+import pixart_core as pc
 from pixart_core.checkpoint.lora_apply import apply_lora
+from pixart_core.starter import find_starter
 
 KINDS = ["alpha", "patterns", "rslora", "dora", "biases", "whole", "loha", "loha_kernel", "lokr",
          "lokr_full", "lokr_both"]
@@ -179,6 +183,27 @@ def test_a_lora_on_the_hosts_own_pixart(host):
     host.run(graph)
     assert relative(epsilon(host, "plain"), epsilon(host, "stock")) > 0.01
     assert relative(epsilon(host, "ours"), epsilon(host, "stock")) < 1e-5
+
+
+def test_a_packed_model(host, installation):
+    """On a GGUF model as the stock loader of LoRAs does it."""
+    if subprocess.run([installation.python, "-c", "import gguf"], capture_output=True).returncode:
+        pytest.skip("the Python of this ComfyUI has no gguf package")
+    pytest.importorskip("gguf")
+    from pixart_core.checkpoint.gguf_write import write_gguf
+
+    weights, config = pc.open_transformer(find_starter().transformer)
+    write_gguf(host.models_dir / "diffusion_models" / "lora_base.gguf", weights, config, "Q4_0")
+    lora = write(host, "loras", "on_packed.safetensors",
+                 random_lora(weights, ["blocks.0.attn.qkv", "blocks.3.mlp.fc1"]))
+    graph = StarterGraph(model="lora_base.gguf")
+    save(graph, graph.lcm(), "packed_plain")
+    save(graph, graph.lcm(model=ours(graph, graph.model, lora)), "packed_ours")
+    save(graph, graph.lcm(model=stock(graph, graph.model, lora)), "packed_stock")
+    host.run(graph)
+    expected = saved(host, "packed_stock")
+    assert relative(saved(host, "packed_plain"), expected) > 0.02
+    assert relative(saved(host, "packed_ours"), expected) < 1e-5
 
 
 def test_a_folder_stands_for_its_files(host, peft_adapter):
