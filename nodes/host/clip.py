@@ -14,6 +14,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
+import comfy.text_encoders.pixart_t5
 import comfy.text_encoders.t5
 import comfy.utils
 import folder_paths
@@ -22,8 +23,10 @@ from server import PromptServer
 from torch import Tensor
 
 from ...pixart_core.checkpoint.folder import neighbour_index
+from ...pixart_core.quant import pack_linears
 from ...pixart_core.text.t5_file import T5Config, T5File, inspect_t5, read_t5
 from ...pixart_core.text.tokenizer import CaptionTokenizer
+from . import gguf
 from .files import fingerprint
 from .schema import known_arguments
 
@@ -74,6 +77,10 @@ def _read_clip(path: str, device: str, disable_dynamic: bool) -> comfy.sd.CLIP:
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     embeddings = folder_paths.get_folder_paths("embeddings")
+    if path.lower().endswith(gguf.SUFFIX):
+        # float16 for the embedding table and the norms; the host computes T5 in float32
+        return _build_clip(read_t5(path, torch.float16), embeddings,
+                           {**options, "custom_operations": gguf.GGUFOperations}, True)
     if inspect_t5(path).d_model != XXL_WIDTH:
         return _build_clip(read_t5(path), embeddings, options, disable_dynamic)
     stock = {"embedding_directory": embeddings, "clip_type": comfy.sd.CLIPType.PIXART,
@@ -137,18 +144,34 @@ def report_tokens(report: TokenReport | str, node_id: str | None) -> None:
 
 def _build_clip(file: T5File, embeddings: list[str], options: dict[str, Any],
                 disable_dynamic: bool) -> comfy.sd.CLIP:
-    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(file),
-                                                    _encoder_class(file.config))
+    brings_none = file.spiece_model is None and file.tokenizer_json is None
+    if brings_none and file.config.d_model == XXL_WIDTH:
+        tokenizer = comfy.text_encoders.pixart_t5.PixArtTokenizer
+    else:
+        tokenizer = _tokenizer_class(file)
+    target = comfy.supported_models_base.ClipTarget(tokenizer, _encoder_class(file.config))
     # since 0.4 the constructor loads the weights, for dynamic memory management
-    loads = known_arguments(comfy.sd.CLIP, {"state_dict": [file.state_dict]})
+    loads = {} if file.packed else known_arguments(comfy.sd.CLIP,
+                                                   {"state_dict": [file.state_dict]})
     clip = comfy.sd.CLIP(
         target, embedding_directory=embeddings,
         model_options={**options, "dtype": options.get("dtype") or _dtype(file.state_dict)},
         parameters=comfy.utils.calculate_parameters(file.state_dict), **loads,
         **known_arguments(comfy.sd.CLIP, {"disable_dynamic": disable_dynamic}))
-    if not loads:
+    if file.packed:
+        _take_packed(clip, file)
+    elif not loads:
         clip.load_sd(file.state_dict)
     return clip
+
+
+def _take_packed(clip: comfy.sd.CLIP, file: T5File) -> None:
+    """Load weights of which some stay packed, and let them be managed as such."""
+    network = clip.cond_stage_model.t5xxl.transformer
+    pack_linears(network, file.packed)
+    weights = {name: network.get_parameter(name) for name in file.packed} | file.state_dict
+    network.load_state_dict(weights, strict=True, assign=True)
+    clip.patcher = gguf.managed_packed(clip.patcher)
 
 
 def _dtype(state_dict: dict[str, Tensor]) -> torch.dtype:

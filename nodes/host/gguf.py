@@ -118,6 +118,16 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
         super().unpatch_hooks(whitelist_keys_set)
 
 
+def managed_packed(patcher: comfy.model_patcher.ModelPatcher) -> PackedPatcher:
+    """A PackedPatcher in place of one that the host made for a text encoder."""
+    own = PackedPatcher(patcher.model, load_device=patcher.load_device,
+                        offload_device=patcher.offload_device)
+    own.hook_mode, own.is_clip = patcher.hook_mode, patcher.is_clip
+    own.object_patches = dict(patcher.object_patches)
+    own.model_options, own.force_cast_weights = patcher.model_options, patcher.force_cast_weights
+    return own
+
+
 class _Patches:
     """The host's patches of one weight, as a function of it."""
 

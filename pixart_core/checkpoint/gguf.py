@@ -56,7 +56,7 @@ def read_gguf(path: Path, *, keep_packed: bool) -> GGUFFile:
     _check_start(path)
     gguf = require("gguf", f"reading {path.name}", extra="gguf")
     try:
-        reader = gguf.GGUFReader(path, "c")
+        reader = _reader_class(gguf)(path, "c")
         stored = {tensor.name: tensor for tensor in reader.tensors}
         fields = {name: entry.contents() for name, entry in reader.fields.items()
                   if not name.startswith("tokenizer.")}
@@ -97,6 +97,29 @@ def read_gguf(path: Path, *, keep_packed: bool) -> GGUFFile:
             found.state_dict["spiece_model"] = torch.frombuffer(bytearray(spiece),
                                                                 dtype=torch.uint8)
     return found
+
+
+def _reader_class(gguf: Any) -> type:
+    """The package's reader, which takes a quarter of a million numbers of a T5's metadata one by
+    one; here an array of numbers is one piece."""
+    base = gguf.GGUFReader
+
+    class Reader(base):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple:
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, "uint32"), self._get(orig_offs + 4, "uint64")
+            dtype = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
+            if dtype is None or not count[0]:
+                return super()._get_field_parts(orig_offs, raw_type)
+            values = self._get(orig_offs + 12, dtype, count[0])
+            if len(values) < count[0]:
+                raise ValueError("an array of the metadata goes past the end")
+            types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+            return 12 + values.nbytes, [kind, count, values], [2], types
+
+    knows = ("_get_field_parts", "_get", "gguf_scalar_to_np")  # no part of its public face
+    return Reader if all(hasattr(base, name) for name in knows) else base
 
 
 def _check_start(path: Path) -> None:

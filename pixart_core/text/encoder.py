@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.read import CheckpointError
+from ..quant.linear import PackedLinear
 from .t5_file import EMBEDDING, T5Config, T5File, is_wo, read_t5
 from .tokenizer import CaptionTokenizer, TokenizedCaption
 
@@ -139,14 +140,32 @@ def build_encoder(file: T5File) -> T5EncoderModel:
     with torch.device("meta"):
         model = T5EncoderModel(_transformers_config(file.config))
     weights = dict(file.state_dict)
+    if file.packed:
+        _make_room(model, file)
+        weights |= {name: model.get_parameter(name) for name in file.packed}
     if file.dtype is torch.float16:
         # from_pretrained does this by itself, hand-loaded weights need it done: see read_t5
-        weights = {name: t.float() if is_wo(name) else t for name, t in weights.items()}
+        weights = {name: t.float() if is_wo(name) and name not in file.packed else t
+                   for name, t in weights.items()}
     weights["encoder.embed_tokens.weight"] = weights[EMBEDDING]
     model.load_state_dict(weights, strict=True, assign=True)
     # one module under both names, or moving to a device would make two of the embedding
     model.encoder.set_input_embeddings(model.shared)
     return model.requires_grad_(False).eval()
+
+
+def _make_room(model: T5EncoderModel, file: T5File) -> None:
+    """Put layers that hold packed weights where the file has such."""
+    for name, packed in file.packed.items():
+        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if leaf == "wo":
+            # transformers casts the input of wo to the dtype of its weight, except for int8; and
+            # in float16, wo computes in float32
+            wide = torch.float32 if file.dtype is torch.float16 else None
+            layer = PackedLinear.holding(packed.viewed_as(torch.int8), compute_dtype=wide)
+        else:
+            layer = PackedLinear.holding(packed)
+        setattr(model.get_submodule(path), leaf, layer)
 
 
 def _transformers_config(config: T5Config) -> PretrainedConfig:

@@ -1,8 +1,9 @@
 """Reading a T5 v1.1 encoder from any file it is handed round in.
 
-Hugging Face folders (whole or in shards) and ComfyUI single files (float32, float16, bfloat16 and
-the float8 layouts of `fp8.py`) all become one thing: a state dict under Hugging Face's encoder
-names, the sizes read from its shapes, and the tokenizer where the file or folder brings one.
+Hugging Face folders (whole or in shards), ComfyUI single files (float32, float16, bfloat16 and the
+float8 layouts of `fp8.py`) and GGUF files all become one thing: a state dict under Hugging Face's
+encoder names, the sizes read from its shapes, and the tokenizer where the file or folder brings
+one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoint.identify import explain
 from ..checkpoint.read import Checkpoint, CheckpointError, read_checkpoint
+from ..quant.packed import PackedTensor
 from .fp8 import FP8_DTYPES, plain_weight, split_side_tensors
 from .tokenizer import JSON_NAME, SPIECE_NAMES, CaptionTokenizer
 
@@ -62,6 +64,7 @@ class T5File:
     """A T5 encoder as read: weights under Hugging Face's names, sizes, tokenizer if there is one.
 
     `dtype` is that of the weights; with float16, `wo` weights may be float32 (see `read_t5`).
+    `packed` are the block-quantised weights of a GGUF file; `state_dict` has no entry for them.
     """
 
     path: Path
@@ -70,6 +73,7 @@ class T5File:
     dtype: torch.dtype
     spiece_model: bytes | None = None
     tokenizer_json: Path | None = None
+    packed: dict[str, PackedTensor] = field(default_factory=dict)
 
     def tokenizer(self) -> CaptionTokenizer:
         """The tokenizer that came with the weights; CheckpointError where none did."""
@@ -93,7 +97,8 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
     """Read a T5 encoder from a file, a Hugging Face folder or a diffusers pipeline folder.
 
     All weights become `dtype`, one tensor at a time; by default that of the first query weight,
-    and bfloat16, which holds every float8 number and the range of the scales, for float8 files.
+    and bfloat16, which holds every float8 number and the range of the scales, for float8 files and
+    quantised GGUF files. The matrices of the latter stay packed.
     Weights that have it already stay mapped to the file. With float16, `wo` weights that are not
     stored in float16 become float32: their products pass float16's largest number in T5 XXL, so
     they are computed in float32, and should not be rounded on the way.
@@ -102,11 +107,17 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
     missing or misshapen weights, and weights that are not finite.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path, subfolder="text_encoder")
+    checkpoint = read_checkpoint(path, subfolder="text_encoder", keep_packed=True)
     weights, scales, config = _open(checkpoint, path)
+    packed = {name: checkpoint.packed[name] for name in weights if name in checkpoint.packed}
     if dtype is None:
         stored = weights[_FIRST_QUERY].dtype
-        dtype = torch.bfloat16 if stored in FP8_DTYPES else stored
+        dtype = torch.bfloat16 if packed or stored in FP8_DTYPES else stored
+    for name, one in packed.items():
+        del weights[name]
+        if not one.is_finite():
+            raise CheckpointError(f"{path}: {name} ({one.packing}) has scales that are not finite "
+                                  "(NaN or infinite); the file is damaged")
     for name, tensor in weights.items():
         wide = is_wo(name) and dtype is torch.float16 and tensor.dtype is not torch.float16
         tensor = plain_weight(name, tensor, scales.get(name), torch.float32 if wide else dtype)
@@ -116,7 +127,7 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
                                   "another dtype")
         weights[name] = tensor
     spiece, json_file = _find_tokenizer(checkpoint.state_dict, path)
-    return T5File(path, weights, config, dtype, spiece, json_file)
+    return T5File(path, weights, config, dtype, spiece, json_file, packed)
 
 
 def inspect_t5(path: str | Path) -> T5Config:
@@ -125,7 +136,7 @@ def inspect_t5(path: str | Path) -> T5Config:
     Raises CheckpointError as `read_t5` does, but for weights that are not finite.
     """
     path = Path(path)
-    return _open(read_checkpoint(path, subfolder="text_encoder"), path)[2]
+    return _open(read_checkpoint(path, subfolder="text_encoder", keep_packed=True), path)[2]
 
 
 def _open(
