@@ -167,6 +167,8 @@ def generate(
 
 def _settings(recorded: dict[str, Any], given: dict[str, Any]) -> Settings:
     fields = {name: recorded[name] for name in _RECORDED if name in recorded}
+    if recorded:
+        fields.setdefault("weights", False)  # pictures from before prompts had weights
     fields.update((name, value) for name, value in given.items() if value is not None)
     return Settings.from_dict(fields)
 

@@ -203,3 +203,19 @@ def test_a_file_of_several_captions_draws_as_many_pictures():
     assert apart(pictures[0], wanted[0]) > 1  # the weight counts
     with pytest.raises(ValueError, match="leave one out"):
         pipe.generate("a star", embeddings=[CaptionEntry(states[:1], mask[:1])])
+
+
+def test_older_pictures_are_drawn_without_weights(run):
+    """Protects --like: without a word on weights, brackets are text."""
+    from PIL import Image
+
+    from pixart_core.png import read_settings, write_png
+
+    run("generate", PROMPT, "-o", "old.png", "--no-weights", "--steps", 2)
+    record = read_settings("old.png")
+    del record["weights"]
+    write_png("older.png", Image.open("old.png"), record)
+    run("generate", "--like", "older.png", "-o", "again.png")
+    run("generate", "--like", "older.png", "-o", "weighted.png", "--weights")
+    again, weighted = (Image.open(name).tobytes() for name in ("again.png", "weighted.png"))
+    assert again == Image.open("old.png").tobytes() != weighted
