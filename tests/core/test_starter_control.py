@@ -52,7 +52,7 @@ def followed(transformer):
 def test_pictures_follow_edges_and_keep_the_prompts_colours():
     """Protects the ControlNet templates' promise, in the engine."""
     steered, plain, colors = followed(STARTER.transformer)
-    assert steered > 0.6
+    assert steered > 0.65
     assert steered > plain + 0.25
     assert colors == COLORS
 
@@ -60,7 +60,7 @@ def test_pictures_follow_edges_and_keep_the_prompts_colours():
 def test_the_lcm_student_follows_them_too():
     """4 steps without guidance; the ControlNet was trained on both."""
     steered, plain, _ = followed(STARTER.lcm)
-    assert steered > 0.6
+    assert steered > 0.65
     assert steered > plain + 0.25
 
 
