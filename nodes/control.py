@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..pixart_core.model.controlnet import ControlMode, mode_weights
 from .host import files
-from .host.control import WRONG_CONTROL, PixArtControl, check_control, load_control
+from .host.control import PixArtControl, check_control, load_control
 from .host.schema import CATEGORY, advanced, require_option, schema
+from .host.transformer import WRONG_CONTROL
 from .loaders import DTYPES, check_file
 
+NO_NEGATIVE = ("PixArt ControlNet Apply has no negative to hand on: wire the negative prompt "
+               "through it too, or use a sampler without one (PixArt LCM Sampler)")
 MODES: dict[str, ControlMode] = {
     "balanced": "balanced",
     "prompt matters more": "prompt",
@@ -86,10 +90,10 @@ class PixArtControlNetApply(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True,
                                       tooltip="What it avoids; leave it out with LCM models."),
                 advanced(io.Combo.Input, "mode", options=list(MODES), default="balanced",
-                         tooltip="prompt matters more fades what the first blocks add, which "
-                                 "fixes detail. control matters more does so too and steers the "
-                                 "positive half only, so that guidance multiplies the control. "
-                                 "Without guidance (LCM) use balanced."),
+                         tooltip="prompt matters more fades what the first blocks add. control "
+                                 "matters more does so too and steers the positive half only, so "
+                                 "that guidance multiplies the control. Without guidance (LCM) use "
+                                 "balanced."),
                 advanced(io.Boolean.Input, "cond_only", default=False,
                          tooltip="Steer the positive half of guidance only, in any mode."),
             ],
@@ -108,17 +112,13 @@ class PixArtControlNetApply(io.ComfyNode):
         require_option("mode", mode, MODES)
         if not isinstance(control_net, PixArtControl):
             raise ValueError(WRONG_CONTROL)
-        if start_percent > end_percent:
-            raise ValueError(f"start_percent is {start_percent}, end_percent {end_percent}: the "
-                             "ControlNet would never steer; make the start the smaller one")
+        missing = ExecutionBlocker(NO_NEGATIVE)
         if strength == 0:
-            return io.NodeOutput(positive, negative)
+            return io.NodeOutput(positive, missing if negative is None else negative)
         hint = image.movedim(-1, 1)
         used: dict[Any, PixArtControl] = {}
 
-        def steered(conditioning: list | None) -> list | None:
-            if conditioning is None:
-                return None
+        def steered(conditioning: list) -> list:
             return [[states, {**options, "control": control(options.get("control")),
                               "control_apply_to_uncond": False}]
                     for states, options in conditioning]
@@ -133,4 +133,5 @@ class PixArtControlNetApply(io.ComfyNode):
                 used[earlier] = one.set_previous_controlnet(earlier)
             return used[earlier]
 
-        return io.NodeOutput(steered(positive), steered(negative))
+        return io.NodeOutput(steered(positive),
+                             missing if negative is None else steered(negative))

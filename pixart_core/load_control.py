@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .checkpoint.controlnet import detect_controlnet, split_controlnet
 from .checkpoint.identify import require_kind
 from .checkpoint.mapped import release_pages
 from .checkpoint.read import Checkpoint, CheckpointError, read_checkpoint, unwrap_state_dict
-from .config import ControlNetConfig
+from .config import ControlNetConfig, PixArtConfig
 from .load import Source, assign_weights, check_weights, main_dtype
 from .model.controlnet import PixArtControlNet
 
@@ -31,22 +32,24 @@ class OpenedControlNet(NamedTuple):
     mapped: bool
     source: str
     base: dict[str, Tensor]
+    packed: Mapping[str, Any] = MappingProxyType({})  # no file format packs ControlNets
 
 
 def load_controlnet(path_or_state_dict: Source, dtype: torch.dtype | None = None,
                     device: torch.device | str | None = None, operations: Any = None,
-                    **fields: Any) -> PixArtControlNet:
+                    base: PixArtConfig | None = None, **fields: Any) -> PixArtControlNet:
     """A ControlNet-Transformer in eval mode, of any depth and width, for alpha or Sigma.
 
     Reads the original `.pth` (its `base_model.*` is left out), diffusers' and SimpleTuner's layout,
     files and folders, and what `pixart convert` writes. `dtype` None keeps the file's own.
     `fields` are ControlNetConfig fields that the file does not tell, such as `num_heads=2` for a
-    width other than 1152.
+    width other than 1152; `base` is the transformer it is for, whose head count counts where
+    nothing else tells one.
 
     Raises CheckpointError for unreadable files, other kinds of models, and weights that are
     missing, left over, of the wrong shape or not finite.
     """
-    opened = read_controlnet(path_or_state_dict, fields)
+    opened = read_controlnet(path_or_state_dict, fields, like=base)
     dtype = dtype or main_dtype(opened.state_dict)
     net = PixArtControlNet(opened.config, dtype=dtype, device="meta", operations=operations)
     assign_weights(net, opened, device)
@@ -54,10 +57,12 @@ def load_controlnet(path_or_state_dict: Source, dtype: torch.dtype | None = None
 
 
 def read_controlnet(path_or_state_dict: Source, fields: Mapping[str, Any],
-                    keep_base: bool = False) -> OpenedControlNet:
+                    keep_base: bool = False, like: PixArtConfig | None = None,
+                    ) -> OpenedControlNet:
     """What `load_controlnet` takes, opened but not read: no weight has been looked at.
 
-    Tensors of a base model in the same file leave memory unless `keep_base`.
+    Tensors of a base model in the same file leave memory unless `keep_base`. `like` is the config
+    of the transformer it is for.
     """
     if isinstance(path_or_state_dict, Mapping):
         source = "the state dict"
@@ -70,7 +75,7 @@ def read_controlnet(path_or_state_dict: Source, fields: Mapping[str, Any],
     require_kind(checkpoint.state_dict, CONTROLNET_KINDS, source)
     try:
         parts = split_controlnet(checkpoint.state_dict)
-        config = detect_controlnet(parts, checkpoint.metadata, checkpoint.config, **fields)
+        config = detect_controlnet(parts, checkpoint.metadata, checkpoint.config, like, **fields)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
     expected = PixArtControlNet(config, device="meta").state_dict()

@@ -16,7 +16,7 @@ from .control_image import fit_image
 from .load import load_transformer
 from .load_control import load_controlnet
 from .model import Control, PixArtControlNet, PixArtTransformer
-from .model.controlnet import check_fit, mode_weights
+from .model.controlnet import check_fit, mode_weights, trained_for_another
 from .sampling import add_noise, sample_dmd, sample_dpm, sample_lcm, sample_sa, step_noise
 from .settings import PIXELS_PER_LATENT, Settings
 from .text.embeddings import CaptionEntry, CaptionRow, caption_rows, load_embeddings, stack_rows
@@ -46,6 +46,9 @@ class Pipeline:
         self.controlnet = controlnet
         if controlnet is not None:
             check_fit(controlnet.config, transformer.config)
+            warning = trained_for_another(controlnet.config, transformer.config)
+            if warning:
+                logger.warning("%s", warning)
 
     @classmethod
     def from_files(
@@ -98,8 +101,7 @@ class Pipeline:
                              f"{model.config.caption_channels}; load the T5 that belongs to it")
         control = None
         if controlnet is not None:
-            control = load_controlnet(controlnet, dtype=dtype, device=device,
-                                      num_heads=model.config.num_heads)
+            control = load_controlnet(controlnet, dtype=dtype, device=device, base=model.config)
         return cls(model, encoder, autoencoder, control)
 
     @property
@@ -131,6 +133,7 @@ class Pipeline:
         control_mode: str = "balanced",
         control_start: float = 0.0,
         control_end: float = 1.0,
+        control_cond_only: bool = False,
         callback: Callback | None = None,
         weights: bool = True,
         embeddings: str | Path | Sequence[CaptionEntry] | None = None,
@@ -147,7 +150,8 @@ class Pipeline:
         same picture as ComfyUI's KSampler with "dpmpp_2m" and "simple". `control_image` (white
         edges on black for the released ControlNets) steers the part of the schedule from
         `control_start` to `control_end`, 0 to 1, where the pipeline has a ControlNet;
-        `control_mode` as in `mode_weights`. `callback(step, total, denoised latents)` follows
+        `control_mode` as in `mode_weights`; `control_cond_only` leaves the negative half of
+        guidance alone in any mode. `callback(step, total, denoised latents)` follows
         every step, from 1. `weights` obeys
         (word:1.2) in prompts. `embeddings` (a file of `save_embeddings`, or its entries) take the
         place of the prompt, which is "" then, and `negative_embeddings` that of the negative
@@ -165,7 +169,7 @@ class Pipeline:
         requests = [
             Settings(text, negative_prompt, height, width, steps, guidance, seed, sampler,
                      lcm_grid, strength, clean_caption, weights, max_tokens, control_strength,
-                     control_mode, control_start, control_end)
+                     control_mode, control_start, control_end, control_cond_only)
             for text in prompts
         ]
         pictures = self.run(requests[0].resolve(self.config), prompts, image, callback,
@@ -267,6 +271,9 @@ class Pipeline:
     def _control(self, settings: Settings, image: Image | None) -> Control | None:
         """The ControlNet with its encoded image; None without an image."""
         if image is None:
+            if settings.names_control():
+                raise ValueError(f"{', '.join(settings.names_control())} given without a control "
+                                 "image; pass control_image=..., or leave them out")
             return None
         if self.controlnet is None:
             raise ValueError("a control image was given, but this pipeline has no ControlNet; load "
@@ -293,7 +300,8 @@ class Pipeline:
         own = [row.aspect_ratio or float("nan") for row in rows]
         ratio = torch.tensor(own, dtype=torch.float32, device=device)[:, None]
         ratio = torch.where(ratio.isnan(), size[:, :1] / size[:, 1:], ratio)
-        if control is not None and guided and settings.control_mode == "control":
+        half = settings.control_cond_only or settings.control_mode == "control"
+        if control is not None and guided and half:
             control = dataclasses.replace(control, rows=slice(len(negative), None))
 
         def predict(x: Tensor, t: int) -> Tensor:

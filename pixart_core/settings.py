@@ -21,6 +21,9 @@ GRIDS = ("diffusers", "official")
 DEFAULT_STEPS = {"dpm": 20, "lcm": 4, "dmd": 1, "sa-solver": 25}
 DEFAULT_GUIDANCE = {"dpm": 4.5, "lcm": 1.0, "dmd": 1.0, "sa-solver": 3.0}
 PIXELS_PER_LATENT = 8
+CONTROL_DEFAULTS = {"control_strength": 1.0, "control_mode": "balanced", "control_start": 0.0,
+                    "control_end": 1.0, "control_cond_only": False}
+_ROUNDING = 1e-3  # of a timestep
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Settings:
     control_mode: str = "balanced"
     control_start: float = 0.0
     control_end: float = 1.0
+    control_cond_only: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -74,6 +78,8 @@ class Settings:
             raise ValueError(f"max_tokens is {self.max_tokens!r}; use 1 or more")
         if not (_is_number(self.strength) and 0 < self.strength <= 1):
             raise ValueError(f"strength is {self.strength!r}; use a number above 0 and at most 1")
+        if not isinstance(self.control_cond_only, bool):
+            raise ValueError(f"control_cond_only is {self.control_cond_only!r}; use True or False")
         if self.control_mode not in CONTROL_MODES:
             raise ValueError(f"control_mode is {self.control_mode!r}; use one of {CONTROL_MODES}")
         if not (_is_number(self.control_strength) and 0 <= self.control_strength < math.inf):
@@ -100,10 +106,16 @@ class Settings:
             return uniform_timesteps(self.steps, strength=self.strength)
         return dpm_timesteps(self.steps, strength=self.strength)
 
+    def names_control(self) -> list[str]:
+        """The settings here that only a ControlNet could follow."""
+        return [name for name, value in CONTROL_DEFAULTS.items() if getattr(self, name) != value]
+
     def controls(self, t: int) -> bool:
         """Whether the ControlNet steers at timestep `t`; 0 to 1 runs from 999 down to 0."""
         last = NUM_TRAIN_TIMESTEPS - 1
-        return (1 - self.control_end) * last <= t <= (1 - self.control_start) * last
+        # a number that names a timestep is that timestep only up to rounding
+        return ((1 - self.control_end) * last - _ROUNDING <= t
+                <= (1 - self.control_start) * last + _ROUNDING)
 
     def resolve(self, config: PixArtConfig) -> Settings:
         """These settings with every None filled in for the model of `config`.

@@ -88,10 +88,12 @@ def _join(entries: list[list]) -> list:
 
 
 class Area(NamedTuple):
-    """Rows and columns of the whole latent, and the top left corner of the part."""
+    """Rows and columns of the whole latent, the top left corner of the part, and whether the
+    condition is the positive one of guidance."""
 
     whole: tuple[int, int]
     corner: tuple[int, int]
+    positive: bool
 
 
 class AreaCond(comfy.conds.CONDRegular):
@@ -101,14 +103,14 @@ class AreaCond(comfy.conds.CONDRegular):
     `residuals` is the number of token tensors they add, for the host's memory estimate.
     """
 
-    def __init__(self, whole: tuple[int, int], residuals: int = 0,
+    def __init__(self, whole: tuple[int, int], positive: bool = True, residuals: int = 0,
                  area: list[int] | None = None) -> None:
-        super().__init__(Area(whole, tuple(area[-2:]) if area else (0, 0)))
+        super().__init__(Area(whole, tuple(area[-2:]) if area else (0, 0), positive))
         self.residuals = residuals
 
     def process_cond(self, batch_size: int, area: list[int] | None = None,
                      **_: object) -> AreaCond:
-        return type(self)(self.cond.whole, self.residuals, area)
+        return type(self)(self.cond.whole, self.cond.positive, self.residuals, area)
 
     def can_concat(self, other: AreaCond) -> bool:
         return True

@@ -25,21 +25,33 @@ from torch import Tensor
 from ...pixart_core.control_image import fit_image
 from ...pixart_core.load import assign_weights, require_finite
 from ...pixart_core.load_control import OpenedControlNet, read_controlnet
-from ...pixart_core.model.controlnet import Control, PixArtControlNet, check_fit
+from ...pixart_core.model.controlnet import (
+    Control,
+    PixArtControlNet,
+    check_fit,
+    trained_for_another,
+)
 from .conds import Area
 from .files import fingerprint
-from .model import weight_dtypes
-from .transformer import WRONG_CONTROL, WRONG_MODEL, Controls, HostTransformer, host_operations
+from .model import residual_count, weight_dtypes
+from .transformer import WRONG_MODEL, Controls, HostInputs, host_operations
 
 logger = logging.getLogger(__name__)
 
 LATENT_PIXELS = 8
 NO_VAE = ("a PixArt ControlNet needs the VAE of the model to encode its image: wire it to "
           "PixArt ControlNet Apply or Apply ControlNet")
-PATCH = 2
 # a percentage that names a step becomes that step's sigma only up to rounding; the next step is
 # a hundred times as far away
 ROUNDING = 1e-5
+
+
+class HostControlNet(PixArtControlNet):
+    """PixArtControlNet that tells the host's attention overrides which copy runs."""
+
+    def run_copy(self, index: int, hidden: Tensor, inputs: HostInputs) -> Tensor:
+        inputs.options["block_index"] = index
+        return super().run_copy(index, hidden, inputs)
 
 
 class PixArtControl(comfy.controlnet.ControlBase):
@@ -58,12 +70,12 @@ class PixArtControl(comfy.controlnet.ControlBase):
         self.cond_only = False
         self._scale: Callable[[Tensor], Tensor] | None = None
         self._latents: dict[tuple[int, int], Tensor] = {}
+        self._warned: set[str] = set()
 
     @property
     def residual_count(self) -> int:
-        """Token tensors that this control and those before it add; they share one set."""
-        earlier = getattr(self.previous_controlnet, "residual_count", 0)
-        return max(self.network.config.depth, earlier)
+        """Token tensors that this control adds."""
+        return self.network.config.depth
 
     def copy(self) -> PixArtControl:
         """Another use of the same weights."""
@@ -87,32 +99,35 @@ class PixArtControl(comfy.controlnet.ControlBase):
     def set_cond_hint(self, cond_hint: Tensor, strength: float = 1.0,
                       timestep_percent_range: tuple[float, float] = (0.0, 1.0), vae: Any = None,
                       extra_concat: Any = ()) -> PixArtControl:
-        """Take the hint (B, C, H, W) in 0..1; raises ValueError without a VAE."""
+        """Take the hint (B, C, H, W) in 0..1.
+
+        Raises ValueError without a VAE, and for a range that ends before it starts.
+        """
         if vae is None:
             raise ValueError(NO_VAE)
+        start, end = timestep_percent_range
+        if start > end:
+            raise ValueError(f"start_percent is {start}, end_percent {end}: the ControlNet would "
+                             "never steer; make the start the smaller one")
         super().set_cond_hint(cond_hint, strength, timestep_percent_range)
         self.vae = vae
         return self
 
     def pre_run(self, model: Any, percent_to_timestep_function: Callable) -> None:
         """Called when sampling starts; raises ValueError for a model this cannot steer."""
-        network = getattr(model, "diffusion_model", None)
-        if not isinstance(network, HostTransformer):
+        config = getattr(model, "pixart_config", None)
+        if config is None:
             raise ValueError(f"the model is a {type(model).__name__}: {WRONG_MODEL}")
-        earlier = self.previous_controlnet
-        if earlier is not None and not isinstance(earlier, PixArtControl):
-            raise ValueError(WRONG_CONTROL)
+        residual_count(self)
         if self.cond_hint_original is None:
             raise ValueError("the PixArt ControlNet has no image; apply it with PixArt ControlNet "
                              "Apply or Apply ControlNet")
-        check_fit(self.network.config, network.config)
-        variant = self.network.config.variant
-        if variant not in (None, network.config.variant):
-            logger.warning("the ControlNet was trained for PixArt-%s, the model is PixArt-%s: its "
-                           "hint is encoded by another VAE than it knows", variant,
-                           network.config.variant)
+        check_fit(self.network.config, config)
+        # the host does not call `cleanup` when a run fails or is cancelled
+        self._latents.clear()
+        self._warn(trained_for_another(self.network.config, config))
         super().pre_run(model, percent_to_timestep_function)
-        self._scale = model.process_latent_in
+        self._scale = model.latent_format.process_in  # not a method of the model, to let it go
 
     def get_control(self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int,
                     transformer_options: dict[str, Any]) -> Controls | None:
@@ -121,41 +136,43 @@ class PixArtControl(comfy.controlnet.ControlBase):
         if self.previous_controlnet is not None:
             controls += self.previous_controlnet.get_control(
                 x_noisy, t, cond, batched_number, transformer_options) or ()
+        areas = cond.get("areas") or _whole_areas(x_noisy, transformer_options, batched_number)
         first, last = self.timestep_range
         if last * (1 - ROUNDING) <= t[0] <= first * (1 + ROUNDING):
-            sides = transformer_options.get("cond_or_uncond", [0] * batched_number)
-            latent = self._latent(x_noisy, cond.get("areas"), batched_number)
+            latent = self._latent(x_noisy, areas)
             controls += [Control(self.network, latent, self.strength, self.weights, rows)
-                         for rows in self._rows(sides, len(x_noisy) // batched_number)]
+                         for rows in self._rows(areas, len(x_noisy) // batched_number)]
         return Controls(controls) if controls else None
 
-    def _rows(self, sides: list[int], per_side: int) -> list[slice | None]:
+    def _rows(self, areas: tuple[Area, ...], size: int) -> list[slice | None]:
         """Which samples to steer: None for all, or each run of samples of the positive side."""
-        if not self.cond_only or not any(sides):
+        if not self.cond_only or all(area.positive for area in areas):
             return [None]
         rows, start = [], 0
-        for side, run in itertools.groupby(sides):
-            stop = start + len(list(run)) * per_side
-            if side == 0:
+        for positive, run in itertools.groupby(area.positive for area in areas):
+            stop = start + len(list(run)) * size
+            if positive:
                 rows.append(slice(start, stop))
             start = stop
         return rows
 
-    def _latent(self, x: Tensor, areas: tuple[Area, ...] | None, chunks: int) -> Tensor:
+    def _latent(self, x: Tensor, areas: tuple[Area, ...]) -> Tensor:
         """The hint's latent for x (B, 4, H, W): (B, 4, H, W), or (1, 4, H, W) when one serves all.
 
-        Each chunk of the batch sees the part of the hint that lies where its area is.
+        Each part of the batch sees the part of the hint that lies where its area is.
         """
         rows, columns = x.shape[-2:]
-        areas = areas or (Area((rows, columns), (0, 0)),) * chunks
         parts = []
-        for whole, (top, left) in areas:
+        for whole, (top, left), _ in areas:
             latent = self._whole(whole, x.device)
             parts.append(latent[..., top: top + rows, left: left + columns])
-        if len(parts[0]) == 1 and len(set(areas)) == 1:
+        if len(parts[0]) == 1 and len({area[:2] for area in areas}) == 1:
             return parts[0]
-        per_chunk = len(x) // chunks
-        return torch.cat([comfy.utils.repeat_to_batch_size(part, per_chunk) for part in parts])
+        size = len(x) // len(areas)
+        if len(parts[0]) > size:
+            self._warn(f"{len(parts[0])} control images for a batch of {size}: the last "
+                       f"{len(parts[0]) - size} are not used")
+        return torch.cat([comfy.utils.repeat_to_batch_size(part, size) for part in parts])
 
     def _whole(self, size: tuple[int, int], device: torch.device) -> Tensor:
         """The hint's latent for a whole picture of `size`, encoded once in a run."""
@@ -165,7 +182,9 @@ class PixArtControl(comfy.controlnet.ControlBase):
 
     def _encode(self, size: tuple[int, int]) -> Tensor:
         hint = self.cond_hint_original
-        hint = hint.expand(-1, 3, -1, -1) if hint.shape[1] == 1 else hint[:, :3]
+        if hint.shape[1] == 4:  # what is transparent is no line
+            hint = hint[:, :3] * hint[:, 3:]
+        hint = hint.expand(-1, 3, -1, -1)
         pixels = fit_image(hint.float(), size[0] * LATENT_PIXELS, size[1] * LATENT_PIXELS)
         loaded = comfy.model_management.loaded_models(only_currently_used=True)
         latent = self.vae.encode(pixels.movedim(1, -1))
@@ -181,23 +200,24 @@ class PixArtControl(comfy.controlnet.ControlBase):
         """Called when sampling has ended: nothing of the run is kept."""
         super().cleanup()
         self._latents.clear()
+        self._warned.clear()
         self._scale = None
+
+    def _warn(self, message: str | None) -> None:
+        """Log a warning once in a run."""
+        if message and message not in self._warned:
+            self._warned.add(message)
+            logger.warning("%s", message)
 
     def get_models(self) -> list[comfy.model_patcher.ModelPatcher]:
         """What the host loads together with the model."""
         return [*super().get_models(), self.patcher]
 
-    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        """Bytes of one set of residuals for a guidance batch of the hint's size.
 
-        Controls add into one set, so a chain needs no more than its largest.
-        """
-        config = self.network.config
-        pixels = self.cond_hint_original.shape[-2] * self.cond_hint_original.shape[-1]
-        tokens = pixels // (LATENT_PIXELS * PATCH) ** 2
-        own = 2 * config.depth * tokens * config.hidden_size * comfy.model_management.dtype_size(
-            dtype)
-        return max(own, super().inference_memory_requirements(dtype))
+def _whole_areas(x: Tensor, options: dict[str, Any], parts: int) -> tuple[Area, ...]:
+    """What to go by where the conditions of a call carry no areas: x is the whole latent."""
+    sides = options.get("cond_or_uncond", [0] * parts)
+    return tuple(Area(tuple(x.shape[-2:]), (0, 0), side == 0) for side in sides)
 
 
 def load_control(path: str, dtype: torch.dtype | None = None) -> PixArtControl:
@@ -215,8 +235,8 @@ def load_control(path: str, dtype: torch.dtype | None = None) -> PixArtControl:
             supported_dtypes=[torch.float16, torch.bfloat16, torch.float32],
             weight_dtype=comfy.utils.weight_dtype(opened.state_dict))
     # these layers follow the activations, whatever dtype the model they steer computes in
-    network = PixArtControlNet(opened.config, dtype=dtype, device=offload_device,
-                               operations=host_operations(comfy.ops.manual_cast)).eval()
+    network = HostControlNet(opened.config, dtype=dtype, device=offload_device,
+                             operations=host_operations(comfy.ops.manual_cast)).eval()
     plain = comfy.model_patcher.ModelPatcher
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", plain)(
         network, load_device=load_device, offload_device=offload_device)

@@ -33,6 +33,19 @@ class HostInputs(BlockInputs):
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     latent: Tensor | None = None
 
+    def of_rows(self, rows: slice) -> HostInputs:
+        """As in the engine; what the options say of each part of the batch is cut as well."""
+        parts = len(self.options.get("cond_or_uncond", ()))
+        options = dict(self.options)
+        if parts:
+            size = len(self.t0) // parts
+            kept = slice(rows.start // size, rows.stop // size)
+            for name in ("cond_or_uncond", "uuids"):
+                if name in options:
+                    options[name] = options[name][kept]
+        return dataclasses.replace(super().of_rows(rows), options=options,
+                                   attention=host_attention(options))
+
 
 class Controls(tuple):
     """The PixArt ControlNets of one model call, each a Control.
@@ -135,7 +148,7 @@ class HostTransformer(PixArtTransformer):
 
     def steer(self, tokens: Tensor, control: Sequence[Control], inputs: HostInputs,
               projected: Tensor) -> HostInputs:
-        """As in the engine; attention functions of the host see the block type "control"."""
+        """As in the engine; attention overrides of the host see the block type "control"."""
         options = {**inputs.options, "block_type": "control"}
         own = dataclasses.replace(inputs, options=options, attention=host_attention(options))
         residuals = super().steer(tokens, control, own, projected).residuals

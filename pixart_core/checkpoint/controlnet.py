@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..config import METADATA_KEY, ControlNetConfig, fields_from_metadata
+from ..config import METADATA_KEY, ControlNetConfig, PixArtConfig, fields_from_metadata
 from .convert import Layout, convert_state_dict
 from .detect import detect_config, head_count
 from .fields import checked_fields
@@ -107,12 +107,13 @@ def as_blocks(control: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def detect_controlnet(parts: ControlNetParts, metadata: Mapping[str, str] | None = None,
                       config: Mapping[str, Any] | None = None,
-                      **fields: Any) -> ControlNetConfig:
+                      like: PixArtConfig | None = None, **fields: Any) -> ControlNetConfig:
     """The config of a ControlNet; `fields` are those the caller knows better.
 
-    `metadata` is a safetensors header's, `config` a config.json beside the file. What it was
-    trained for (`variant`, `image_size`) is read off the base in the same file where nothing else
-    tells. Raises ValueError when tensors are missing, a field contradicts a shape, or the head
+    `metadata` is a safetensors header's, `config` a config.json beside the file, `like` the
+    transformer it is for, whose head count serves where nothing tells one. What it was trained
+    for (`variant`, `image_size`) is read off the base in the same file where nothing else tells.
+    Raises ValueError when tensors are missing, a field contradicts a shape, or the head
     count cannot be known.
     """
     facts = block_facts(as_blocks(parts.control))
@@ -130,7 +131,12 @@ def detect_controlnet(parts: ControlNetParts, metadata: Mapping[str, str] | None
             raise ValueError(f"{name}={value!r} was given, but the weights have "
                              f"{name}={facts[name]!r}; leave {name} out")
     known = {**{k: v for k, v in stored.items() if k in _FIELDS}, **given, **facts}
-    known["num_heads"] = head_count(known, config or {})
+    try:
+        known["num_heads"] = head_count(known, config or {})
+    except ValueError:
+        if like is None or like.hidden_size != known["hidden_size"]:
+            raise
+        known["num_heads"] = like.num_heads
     if parts.base and "variant" not in known:
         known.update(_trained_for(parts.base, known["num_heads"]))
     return ControlNetConfig(**known)

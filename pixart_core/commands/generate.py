@@ -86,6 +86,9 @@ def generate(
         help="The part of the schedule, 0 to 1, where control begins. [0]")] = None,
     control_end: Annotated[float | None, _Flag(
         help="The part of the schedule where control ends. [1]")] = None,
+    control_cond_only: Annotated[bool | None, _Flag(
+        "--control-cond-only", help="Steer the positive half of guidance only.",
+        show_default=False)] = None,
     max_tokens: Annotated[int | None, _Flag(
         help="Caption tokens to read. [the model's own limit]")] = None,
     clean: Annotated[bool | None, _Flag(
@@ -147,7 +150,7 @@ def generate(
             "lcm_grid": grid, "strength": strength, "clean_caption": clean,
             "weights": weights, "max_tokens": max_tokens, "control_strength": control_strength,
             "control_mode": control_mode, "control_start": control_start,
-            "control_end": control_end,
+            "control_end": control_end, "control_cond_only": control_cond_only,
         }
         settings = _settings(recorded, given)
         if settings.strength < 1 and image is None:
@@ -156,6 +159,9 @@ def generate(
         overrides = {**recorded.get("fields", {}), **parse_fields(fields)}
         sources = choose_files(model, t5, tokenizer, vae, lcm, image, recorded)
         sources = with_control(sources, controlnet, control_image, hed)
+        if control_image is None and settings.names_control():
+            raise typer.BadParameter(f"{', '.join(settings.names_control())} given without "
+                                     "--controlnet and --control-image")
         sources = dataclasses.replace(sources, loras=choose_loras(lora, recorded))
         sources = with_embeddings(sources, embeddings, negative_embeddings)
         hashes = file_hashes(sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,11 @@ class BlockInputs:
 
     def for_block(self, index: int) -> Tensor | tuple[Tensor, Tensor]:
         return self.context[index] if isinstance(self.context, tuple) else self.context
+
+    def of_rows(self, rows: slice) -> BlockInputs:
+        """The inputs of some samples of the batch; `context` must be a projected caption."""
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[rows]
+        return dataclasses.replace(self, t0=self.t0[rows], context=self.context[rows], mask=mask)
 
     def steered(self, index: int, tokens: Tensor) -> Tensor:
         """The tokens (B, N, C) that enter block `index`: with what the ControlNets add there."""

@@ -29,7 +29,11 @@ _SOFTEST = 0.825**12  # of the 13 residuals of a U-Net ControlNet, the first, wh
 
 
 class ControlBlock(nn.Module):
-    """One copied block with its projections; only the first has one for the control tokens."""
+    """One copied block with its projections; only the first has one for the control tokens.
+
+    Projections start at zero and stay small: in a model of 8-bit weights they are bfloat16, or
+    most of what was trained would be rounded away.
+    """
 
     def __init__(self, config: ControlNetConfig, index: int, operations: Any,
                  **factory: Any) -> None:
@@ -38,6 +42,8 @@ class ControlBlock(nn.Module):
         compressed = compression is not None and index in compression.layers
         self.copied_block = PixArtBlock(config, compression if compressed else None, operations,
                                         **factory)
+        if factory["dtype"] is not None and factory["dtype"].itemsize == 1:
+            factory["dtype"] = torch.bfloat16
         if index == 0:
             self.before_proj = operations.Linear(size, size, **factory)
         self.after_proj = operations.Linear(size, size, **factory)
@@ -93,12 +99,16 @@ class PixArtControlNet(nn.Module):
         control latent, `inputs` those of the frozen blocks, with the projected caption (B, L, C)
         as context.
         """
-        hidden = tokens + self.controlnet[0].before_proj(control)
+        hidden = self.enter(tokens, control)
         residuals = []
         for index, block in enumerate(self.controlnet):
             hidden = self.run_copy(index, hidden, inputs)
             residuals.append(block.after_proj(hidden))
         return residuals
+
+    def enter(self, tokens: Tensor, control: Tensor) -> Tensor:
+        """What the first copied block reads, (B, N, C)."""
+        return tokens + self.controlnet[0].before_proj(control)
 
     def run_copy(self, index: int, hidden: Tensor, inputs: BlockInputs) -> Tensor:
         """(B, N, C) through one copied block."""
@@ -130,9 +140,9 @@ class Control:
 def mode_weights(mode: ControlMode, depth: int) -> tuple[float, ...]:
     """The factor of each copied block's residual in a control mode.
 
-    "balanced" takes all as they are. "prompt" and "control" fade the early ones, which fix the
-    detail, as other models' control modes do: 0.825 ** 12 for the first, rising geometrically to 1
-    for the last. "control" is meant for the conditional half of a guidance batch, where guidance
+    "balanced" takes all as they are. "prompt" and "control" fade the early ones, as the control
+    modes of other models do: 0.825 ** 12 for the first, rising geometrically to 1 for the last.
+    "control" is meant for the conditional half of a guidance batch, where guidance
     then multiplies what the control adds.
 
     Raises ValueError for another mode.
@@ -149,27 +159,41 @@ def control_residuals(controls: Sequence[Control], latents: Sequence[Tensor], to
     """The summed residuals of all `controls`, (B, N, C) for each frozen block from 1 on.
 
     `latents` are their embedded control latents (B or 1, N, C), `tokens` the output of frozen
-    block 0, `inputs` those of the frozen blocks with the projected caption as context.
+    block 0, `inputs` those of the frozen blocks with the projected caption as context. However
+    many controls there are, one set of residuals is alive.
     """
     total: list[Tensor] = []
     for control, latent in zip(controls, latents, strict=True):
-        rows = control.rows
-        if rows is None:
-            residuals = control.net(tokens, latent, inputs)
-        else:
+        net, rows, own, entering = control.net, control.rows, inputs, tokens
+        if rows is not None:
+            own, entering = inputs.of_rows(rows), tokens[rows]
             latent = latent if latent.shape[0] == 1 else latent[rows]
-            residuals = control.net(tokens[rows], latent, _of_rows(inputs, rows))
-        for index, residual in enumerate(residuals):
-            scale = control.scale(index)
-            residual = residual if scale == 1.0 else residual * scale
-            if rows is not None:
-                residual = tokens.new_zeros(tokens.shape).index_copy(
-                    0, torch.arange(len(tokens), device=tokens.device)[rows], residual)
-            if index == len(total):
-                total.append(residual)
+        hidden = net.enter(entering, latent)
+        for index, block in enumerate(net.controlnet):
+            hidden = net.run_copy(index, hidden, own)
+            residual, scale = block.after_proj(hidden), control.scale(index)
+            first = index == len(total)
+            if rows is None:
+                residual = residual if scale == 1.0 else residual * scale
+                added = residual if first else total[index] + residual
             else:
-                total[index] = total[index] + residual
+                steered = torch.arange(len(tokens), device=tokens.device)[rows]
+                sum_so_far = torch.zeros_like(tokens) if first else total[index]
+                added = sum_so_far.index_add(0, steered, residual, alpha=scale)
+            if first:
+                total.append(added)
+            else:
+                total[index] = added
     return tuple(total)
+
+
+def check_dtype(controls: Sequence[Control], dtype: torch.dtype) -> None:
+    """Raise ValueError when a control's layers cannot compute in the transformer's `dtype`."""
+    for control in controls:
+        own = control.net.controlnet[0].after_proj.weight.dtype
+        if own != dtype:
+            raise ValueError(f"the ControlNet is {own}, the transformer {dtype}; load both with "
+                             "one dtype=...")
 
 
 def check_controls(controls: Sequence[Control], config: PixArtConfig, x: Tensor) -> None:
@@ -197,7 +221,9 @@ def check_fit(control: ControlNetConfig, base: PixArtConfig) -> None:
                          f"model of more blocks than that; this one has {base.depth}")
 
 
-def _of_rows(inputs: BlockInputs, rows: slice) -> BlockInputs:
-    """The inputs of some samples of the batch."""
-    mask = inputs.mask if inputs.mask is None or len(inputs.mask) == 1 else inputs.mask[rows]
-    return dataclasses.replace(inputs, t0=inputs.t0[rows], context=inputs.context[rows], mask=mask)
+def trained_for_another(control: ControlNetConfig, base: PixArtConfig) -> str | None:
+    """What to warn of when a ControlNet fits a model of the other variant; None otherwise."""
+    if control.variant in (None, base.variant):
+        return None
+    return (f"the ControlNet was trained for PixArt-{control.variant}, the model is "
+            f"PixArt-{base.variant}: its control image is encoded by another VAE than it knows")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import PixArtConfig
 from .attention import AttentionFunction, scaled_dot_product
 from .blocks import BlockInputs, FinalLayer, PixArtBlock
-from .controlnet import Control, check_controls, control_residuals
+from .controlnet import Control, check_controls, check_dtype, control_residuals
 from .embedders import CaptionEmbedder, PatchEmbedder, ScalarEmbedder, position_table
 
 KEPT_TABLES = 4  # position tables of the last sizes; one is 75 MB at 2880 px
@@ -100,6 +100,7 @@ class PixArtTransformer(nn.Module):
         x = x.to(self.compute_dtype(x))
         self._check_inputs(x, caption, caption_mask, image_size, aspect_ratio)
         check_controls(control, self.config, x)
+        check_dtype(control, x.dtype)
         size = x.shape[-2:]
         tokens, grid = self.embed_latent(x)
         t = self.embed_time(timestep, image_size, aspect_ratio)

@@ -63,6 +63,11 @@ def test_the_range_names_its_steps(pipeline, edges):
     assert [settings.controls(t) for t in (999, 749, 499, 249)] == [False, False, True, True]
     settings = Settings("", steps=4, sampler="dpm", control_end=0.25)
     assert [settings.controls(t) for t in (999, 749, 499, 249)] == [True, False, False, False]
+    for steps in (4, 10, 20):
+        for t in Settings("", steps=steps, sampler="dpm").timesteps():
+            named = 1 - t / 999
+            assert Settings("", control_start=named).controls(t)
+            assert Settings("", control_end=named).controls(t)
     never = draw(pipeline, control_image=edges, control_start=0.999)
     assert (never == draw(pipeline)).all()
 
@@ -79,7 +84,9 @@ def test_control_mode_steers_the_conditional_half_alone(pipeline, edges, monkeyp
     monkeypatch.setattr(type(pipeline.transformer), "forward", watch)
     draw(pipeline, control_image=edges, control_mode="control", steps=1)
     draw(pipeline, control_image=edges, control_mode="control", steps=1, guidance=1.0)
-    assert [rows for rows, _ in seen] == [slice(1, None), None]
+    draw(pipeline, control_image=edges, control_cond_only=True, steps=1)
+    assert [rows for rows, _ in seen] == [slice(1, None), None, slice(1, None)]
+    assert seen[2][1] == (1.0, 1.0, 1.0)
     assert seen[0][1][0] == pytest.approx(0.825**12)
 
 
@@ -87,6 +94,11 @@ def test_a_control_image_without_a_controlnet_is_refused(pipeline, edges):
     alone = pc.Pipeline(pipeline.transformer, pipeline.encoder, pipeline.vae)
     with pytest.raises(ValueError, match="no ControlNet"):
         alone.generate(PROMPT, steps=1, control_image=edges)
+
+
+def test_control_settings_without_a_control_image_are_refused(pipeline):
+    with pytest.raises(ValueError, match="control_strength given without"):
+        pipeline.generate(PROMPT, steps=1, control_strength=0.5)
 
 
 def test_a_controlnet_of_another_width_is_refused(pipeline, make_weights):
@@ -146,18 +158,18 @@ def test_generate_with_control_and_again(command, control_file, edges, pipeline,
     assert again.exit_code == 0, again.output
     assert (np.asarray(Image.open("two.png")) == np.asarray(Image.open("one.png"))).all()
     missing = command("generate", "--like", "one.png", "-o", "three.png")
-    assert missing.exit_code == 1
+    assert missing.exit_code == 2
     assert "--control" in missing.output
 
 
 @pytest.mark.parametrize("options", [("--controlnet", "FILE"), ("--control-image", "PNG"),
-                                     ("--hed", "FILE")])
+                                     ("--hed", "FILE"), ("--control-strength", "0.3")])
 def test_half_a_control_is_refused(command, control_file, edges, tmp_path, options):
     edges.save(tmp_path / "edges.png")
     named = {"FILE": control_file, "PNG": "edges.png"}
     done = command("generate", PROMPT, *(named.get(o, o) for o in options))
     assert done.exit_code == 2
-    assert "need" in done.output
+    assert "--control" in done.output
 
 
 def test_hed_makes_edges_of_the_control_image(command, control_file, edges, tmp_path):

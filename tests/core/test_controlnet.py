@@ -1,6 +1,7 @@
 """ControlNet-Transformer: wiring, layouts and what it refuses."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,26 @@ def test_modes_scale_each_residual(small):
                     small.run(pc.Control(by_hand, small.latent))) < 1e-5
     with pytest.raises(ValueError, match="balanced, prompt, control"):
         mode_weights("loud", 3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"strength": 0.5}, {"rows": slice(1, 2)}])
+def test_one_set_of_residuals_is_alive(small, settings):
+    """However many controls there are: what each copy gives is added up and let go."""
+    given, most = [], 0
+
+    def count(_, __, out):
+        nonlocal most
+        given.append(weakref.ref(out))
+        most = max(most, sum(ref() is not None for ref in given))
+
+    hooks = [block.after_proj.register_forward_hook(count) for block in small.net.controlnet]
+    small.run(*[small.control(**settings)] * 3)
+    for hook in hooks:
+        hook.remove()
+    depth = small.net.config.depth
+    assert len(given) == 3 * depth
+    # at strength 1 the first control's own tensors become the sums
+    assert most <= (depth + 1 if not settings else 2)
 
 
 def test_a_new_controlnet_changes_nothing(small):
@@ -324,6 +345,29 @@ def broken(case, **changes):
 def test_bad_files_say_what_is_wrong(small, make, message):
     with pytest.raises(pc.CheckpointError, match=message):
         pc.load_controlnet(make(small), num_heads=2)
+
+
+def test_projections_keep_sixteen_bits(small):
+    """Eight would round most of a trained projection, which started at zero, away."""
+    net = pc.load_controlnet(small.file, dtype=torch.float8_e4m3fn, num_heads=2)
+    block = net.controlnet[0]
+    assert block.copied_block.mlp.fc1.weight.dtype == torch.float8_e4m3fn
+    assert block.before_proj.weight.dtype == block.after_proj.bias.dtype == torch.bfloat16
+
+
+def test_a_control_of_another_dtype_is_refused(small):
+    half = pc.load_controlnet(small.file, dtype=torch.float16, num_heads=2)
+    with pytest.raises(ValueError, match="one dtype"):
+        small.run(pc.Control(half, small.latent))
+
+
+def test_the_transformer_tells_heads_where_nothing_else_does(small, tmp_path):
+    assert pc.load_controlnet(small.file, base=small.base.config).config.num_heads == 2
+    header = {METADATA_KEY: json.dumps({"num_heads": 4})}
+    pc.write_checkpoint(tmp_path / "four.safetensors", small.net.state_dict(), header)
+    four = pc.load_controlnet(tmp_path / "four.safetensors", base=small.base.config)
+    with pytest.raises(ValueError, match="with 4 heads"):
+        small.run(pc.Control(four, small.latent))
 
 
 def test_heads_are_never_guessed(small):

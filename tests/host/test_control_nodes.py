@@ -120,7 +120,12 @@ def plain_eps(case):
 
 
 def test_strength_zero_is_no_control(small):
-    assert torch.equal(steered_eps(small, strength=0.0), plain_eps(small))
+    """At the node, which leaves the ControlNet out, and with one that runs at strength 0."""
+    plain = plain_eps(small)
+    assert torch.equal(steered_eps(small, strength=0.0), plain)
+    graph = ControlGraph(small)
+    zero = graph.add("ProbeControlStrength", conditioning=graph.steered(), strength=0.0)
+    assert torch.equal(graph.apply(zero), plain)
 
 
 def test_a_new_controlnet_changes_nothing(small, tmp_path):
@@ -292,3 +297,86 @@ def test_a_model_in_half_precision_takes_a_float32_control(small):
     graph = ControlGraph(small)
     half = graph.add("PixArtLoader", model_name=small.model, weight_dtype="bfloat16")
     assert relative(graph.apply(graph.steered(), model=half), small.out) < 0.02
+
+
+def test_a_clone_for_another_card_does_the_same(small):
+    """deepclone_multigpu: weights, strength and network of its own."""
+    graph = ControlGraph(small)
+    clone = graph.add("ProbeControlClone", control_net=graph.net)
+    assert relative(graph.apply(graph.steered(control_net=clone)), small.out) < 1e-5
+
+
+def test_the_memory_estimate_knows_the_residuals(small):
+    """One set for a chain, of the picture's size and not the hint's, in both estimates."""
+    reports = []
+    for chain, hint in ((0, 64), (1, 64), (1, 512), (2, 64)):
+        graph = ControlGraph(small)
+        image = graph.add("EmptyImage", width=hint, height=hint, batch_size=1, color=0)
+        text = graph.text
+        for _ in range(chain):
+            text = graph.steered(text, image=image)
+        latent = graph.add("EmptyLatentImage", width=640, height=384, batch_size=1)
+        estimate = graph.add("ProbeEstimate", model=graph.model, positive=text, latent=latent)
+        reports.append(small.host.run(graph).json(estimate))
+    one_set = 2 * 3 * (40 * 24) * 48 * 4  # a guidance pair, 3 copies, tokens, width, bytes
+    for name in ("first", "call"):
+        plain, *steered = (report[name] for report in reports)
+        assert [value - plain for value in steered] == pytest.approx([one_set] * 3)
+
+
+@pytest.fixture(scope="module")
+def sigma(host, tmp_path_factory):
+    """A Sigma model of the golden weights with a ControlNet made from it."""
+    folder = tmp_path_factory.mktemp("sigma")
+    tensors = load_file(GOLDEN / "sigma_512.safetensors")
+    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k[:8] == "weights."}
+    base = pc.load_transformer(weights, num_heads=2, variant="sigma")
+    net = pc.PixArtControlNet.from_base(base, depth=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "_proj." in name and "copied_block" not in name:
+                parameter.normal_(std=0.1, generator=generator)
+    pc.write_checkpoint(folder / "sigma_base.safetensors", base.state_dict(),
+                        {METADATA_KEY: base.config.to_json()})
+    pc.write_checkpoint(folder / "sigma_control.safetensors", net.state_dict(),
+                        {METADATA_KEY: net.config.to_json()})
+    case = Case.__new__(Case)
+    case.host, case.base, case.net, case.options = host, base, net, {}
+    case.model = host.add_model("diffusion_models", folder / "sigma_base.safetensors")
+    case.control = host.add_model("controlnet", folder / "sigma_control.safetensors")
+    case.tensors = {k.removeprefix("in."): v for k, v in tensors.items() if k[:3] == "in."}
+    case.latent = torch.randn(case.tensors["x"].shape, generator=generator)
+    case.file = host.write_tensors("sigma_control_inputs",
+                                   {**case.tensors, "control_latent": case.latent})
+    return case
+
+
+def test_a_sigma_controlnet(sigma):
+    """Sigma's latent scale, captions of 300 tokens; no released one exists, SimpleTuner trains
+    them."""
+    graph = ControlGraph(sigma)
+    vae = graph.add("ProbeLatentVAE", file=sigma.file, scale=0.13025, label="sigma")
+    eps = graph.apply(graph.steered(vae=vae))
+    assert relative(eps, sigma.engine(pc.Control(sigma.net, sigma.latent))) < 1e-5
+    assert relative(eps, sigma.engine()) > 1e-2
+
+
+def test_small_projections_survive_eight_bits(sigma, tmp_path):
+    """Trained projections are small; e4m3 would round most of them to zero."""
+    net = pc.load_controlnet(dict(sigma.net.state_dict()), num_heads=2)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "_proj." in name and "copied_block" not in name:
+                parameter.mul_(0.01)
+    pc.write_checkpoint(tmp_path / "small.safetensors", net.state_dict(),
+                        {METADATA_KEY: net.config.to_json()})
+    name = sigma.host.add_model("controlnet", tmp_path / "small.safetensors")
+    plain = sigma.engine()
+    expected = sigma.engine(pc.Control(net, sigma.latent)) - plain
+    graph = ControlGraph(sigma)
+    vae = graph.add("ProbeLatentVAE", file=sigma.file, scale=0.13025, label="sigma")
+    eight = graph.add("PixArtControlNetLoader", control_net_name=name,
+                      weight_dtype="float8_e4m3fn")
+    found = graph.apply(graph.steered(control_net=eight, vae=vae)) - plain
+    assert relative(found, expected) < 0.1

@@ -5,6 +5,8 @@ import gc
 
 import comfy.controlnet
 import comfy.model_management
+import comfy.sampler_helpers
+import psutil
 import torch
 
 from .common import ANY, CATEGORY, NO_CACHE, fingerprint, read_input, report
@@ -73,8 +75,8 @@ class ProbeCountingVAE:
 
 
 class ProbeAlive:
-    """Once `after` has been computed: what the VAE `label` encoded, bytes of all live tensors, and
-    the memory the host counts as free."""
+    """Once `after` has been computed: what the VAE `label` encoded, bytes of all live tensors, the
+    server's resident memory and what the host counts as free."""
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
@@ -98,18 +100,18 @@ class ProbeAlive:
                 storage = thing.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
         return report({"encoded": ENCODED.get(label, []), "bytes": sum(storages.values()),
+                       "resident": psutil.Process().memory_info().rss,
                        "free": comfy.model_management.get_free_memory()})
 
 
 class Foreign(comfy.controlnet.ControlBase):
-    """A ControlNet as other models have it: a dictionary of residuals."""
+    """A ControlNet of another kind of model, which must never get to run on a PixArt."""
+
+    def pre_run(self, model, percent_to_timestep_function):
+        raise AssertionError("a foreign ControlNet was prepared")
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-        earlier = None
-        if self.previous_controlnet is not None:
-            earlier = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number,
-                                                           transformer_options)
-        return self.control_merge({"output": [torch.zeros_like(x_noisy)]}, earlier, None)
+        raise AssertionError("a foreign ControlNet ran")
 
     def copy(self):
         other = Foreign()
@@ -132,4 +134,69 @@ class ProbeForeignControl:
         return (Foreign(),)
 
 
-NODES = (ProbeLatentVAE, ProbeCountingVAE, ProbeAlive, ProbeForeignControl)
+class ProbeControlClone:
+    """CONTROL_NET as the host would put it on another card."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"control_net": ("CONTROL_NET",)}}
+
+    RETURN_TYPES = ("CONTROL_NET",)
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    def run(self, control_net):
+        device = torch.device("cpu")
+        clone = control_net.deepclone_multigpu(device, autoregister=True)
+        assert control_net.multigpu_clones.pop(device) is clone
+        assert clone.patcher is not control_net.patcher
+        return (clone,)
+
+
+class ProbeControlStrength:
+    """CONDITIONING whose ControlNet has another strength, without an apply node's short cuts."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"conditioning": ("CONDITIONING",), "strength": ("FLOAT", {})}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    def run(self, conditioning, strength):
+        for _, options in conditioning:
+            options["control"].strength = strength
+        return (conditioning,)
+
+
+class ProbeEstimate:
+    """Bytes that the host reckons with for sampling a latent of some size: what estimate_memory
+    and the ControlNets say, and the call itself for a guidance pair."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "positive": ("CONDITIONING",),
+                             "latent": ("LATENT",)}}
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    def run(self, model, positive, latent):
+        shape = list(latent["samples"].shape)
+        conds = {"positive": comfy.sampler_helpers.convert_cond(positive)}
+        first = comfy.sampler_helpers.estimate_memory(model, shape, conds)[0]
+        extra = comfy.sampler_helpers.get_additional_models(conds, torch.float32)[1]
+        cond = conds["positive"][0]
+        made = model.model.extra_conds(**{
+            "width": shape[3] * 8, "height": shape[2] * 8, **cond,
+            "noise": latent["samples"], "device": "cpu"})
+        sizes = {name: [value.size()] * 2 for name, value in made.items()}
+        call = model.model.memory_required([2 * shape[0], *shape[1:]], cond_shapes=sizes)
+        return report({"first": first + extra, "call": call})
+
+
+NODES = (ProbeLatentVAE, ProbeCountingVAE, ProbeAlive, ProbeForeignControl, ProbeControlClone,
+         ProbeControlStrength, ProbeEstimate)
