@@ -112,9 +112,9 @@ class PixArtControlNetApply(io.ComfyNode):
         require_option("mode", mode, MODES)
         if not isinstance(control_net, PixArtControl):
             raise ValueError(WRONG_CONTROL)
-        missing = ExecutionBlocker(NO_NEGATIVE)
         if strength == 0:
-            return io.NodeOutput(positive, missing if negative is None else negative)
+            return io.NodeOutput(positive, ExecutionBlocker(NO_NEGATIVE)
+                                 if negative is None else negative)
         hint = image.movedim(-1, 1)
         used: dict[Any, PixArtControl] = {}
 
@@ -133,5 +133,6 @@ class PixArtControlNetApply(io.ComfyNode):
                 used[earlier] = one.set_previous_controlnet(earlier)
             return used[earlier]
 
-        return io.NodeOutput(steered(positive),
-                             missing if negative is None else steered(negative))
+        # whatever is wired to a negative that is not there stops with this message
+        return io.NodeOutput(steered(positive), ExecutionBlocker(NO_NEGATIVE)
+                             if negative is None else steered(negative))
