@@ -68,6 +68,8 @@ class PixArtControl(comfy.controlnet.ControlBase):
         self.patcher = patcher
         self.weights: tuple[float, ...] | None = None
         self.cond_only = False
+        if not hasattr(self, "multigpu_clones"):  # hosts before 0.23
+            self.multigpu_clones: dict[torch.device, PixArtControl] = {}
         self._scale: Callable[[Tensor], Tensor] | None = None
         self._latents: dict[tuple[int, int], Tensor] = {}
         self._warned: set[str] = set()
