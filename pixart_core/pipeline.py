@@ -15,6 +15,8 @@ from .checkpoint.lora_apply import apply_loras
 from .control_image import fit_image
 from .load import load_transformer
 from .load_control import load_controlnet
+from .memory import explained
+from .memory_hints import of_decoding, of_drawing, of_encoding, of_loading
 from .model import Control, PixArtControlNet, PixArtTransformer
 from .model.controlnet import check_fit, mode_weights, trained_for_another
 from .sampling import add_noise, sample_dmd, sample_dpm, sample_lcm, sample_sa, step_noise
@@ -51,6 +53,7 @@ class Pipeline:
                 logger.warning("%s", warning)
 
     @classmethod
+    @explained(of_loading)
     def from_files(
         cls,
         transformer: str | Path,
@@ -211,7 +214,8 @@ class Pipeline:
             latents = sample_dmd(predict, x, report)
         else:
             latents = sample_dpm(predict, x, timesteps, report)
-        return _to_pictures(self.vae.decode(latents))
+        with explained(lambda: of_decoding(self, settings, len(latents))):
+            return _to_pictures(self.vae.decode(latents))
 
     def _device(self) -> torch.device:
         return self.transformer.x_embedder.proj.weight.device
@@ -236,8 +240,9 @@ class Pipeline:
         from .text.weights import encode_prompt
 
         clean = clean_caption if settings.clean_caption else None
-        states = {text: encode_prompt(self.encoder, text, settings.max_tokens, clean,
-                                      settings.weights) for text in dict.fromkeys(texts)}
+        with explained(lambda: of_encoding(self)):
+            states = {text: encode_prompt(self.encoder, text, settings.max_tokens, clean,
+                                          settings.weights) for text in dict.fromkeys(texts)}
         return [CaptionRow(states[text]) for text in texts]
 
     def _saved(self, source: str | Path | Sequence[CaptionEntry] | None) -> list[CaptionRow]:
@@ -308,8 +313,9 @@ class Pipeline:
             batched = torch.cat([x, x]) if guided else x
             timestep = torch.full((batch,), t, device=device)
             steered = (control,) if control is not None and settings.controls(t) else ()
-            out = self.transformer(batched, timestep, prepared, image_size=size,
-                                   aspect_ratio=ratio, control=steered)
+            with explained(lambda: of_drawing(self, settings, len(x), guided, len(steered))):
+                out = self.transformer(batched, timestep, prepared, image_size=size,
+                                       aspect_ratio=ratio, control=steered)
             eps = out[:, :LATENT_CHANNELS].float()
             if not guided:
                 return eps

@@ -40,7 +40,8 @@ def plain_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter, KeyboardInterrupt):
         raise
     except Exception as error:
-        expected = isinstance(error, ValueError | OSError | ImportError)
+        expected = (isinstance(error, ValueError | OSError | ImportError)
+                    or getattr(error, "explained", False))
         message = " ".join(str(error).split())
         if not expected or not message:
             message = f"{type(error).__name__}: {message or 'no details'}"
