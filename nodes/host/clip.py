@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
@@ -26,7 +27,7 @@ from ...pixart_core.checkpoint.folder import neighbour_index
 from ...pixart_core.quant import pack_linears
 from ...pixart_core.text.t5_file import T5Config, T5File, inspect_t5, read_t5
 from ...pixart_core.text.tokenizer import CaptionTokenizer
-from . import gguf
+from . import gguf, memory
 from .files import fingerprint
 from .schema import known_arguments
 
@@ -61,7 +62,8 @@ def load_clip(path: str, device: str = "default", disable_dynamic: bool = False)
     are built from the same host classes. `disable_dynamic` turns the host's dynamic memory
     management off for this CLIP. Raises CheckpointError that says what the file holds.
     """
-    clip = _read_clip(path, device, disable_dynamic)
+    with memory.explained(lambda: memory.of_loading(path)):
+        clip = _read_clip(path, device, disable_dynamic)
     # how the host loads it once more, for hooks, other devices and without dynamic memory
     clip.patcher.cached_patcher_init = (_load_patcher, (path, device))
     return clip
@@ -111,7 +113,10 @@ def encode(clip: comfy.sd.CLIP, text: str, limit: int,
     tokens, report = cut_tokens(clip, tokens, limit)
     if report.cut:
         logger.warning("prompt: %s", report)
-    conditioning = clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    with memory.explained(lambda: memory.of_encoding(
+            min(report.used, limit), clip.patcher.load_device)):
+        conditioning = clip.encode_from_tokens_scheduled(tokens, add_dict=extra)
     if not all(states.isfinite().all() for states, _ in conditioning):
         raise ValueError("the text encoder gave values that are not finite: its file is damaged, "
                          "or float16 overflowed; load another T5 file (bf16 or fp8)")

@@ -10,8 +10,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...pixart_core.memory import reworded
 from ...pixart_core.model.hed import STRIDE, HEDDetector, read_hed, spans
 from .files import fingerprint
+from .memory import is_out_of_memory, of_edges
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +68,11 @@ def detect_edges(path: str, images: Tensor, tile: int = AUTO) -> Tensor:
             edges.append(detector(image, tile, progress)[0].movedim(0, -1))
             continue
         except Exception as error:
-            smaller = next((size for size in TILES if size < min(tile, longest)), None)
-            if smaller is None or not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            smaller = next((size for size in TILES if size < min(tile, longest)), None)
+            if smaller is None:
+                raise reworded(error, *of_edges(*images.shape[1:3], tile)) from error
         # past the handler, which holds on to what the failed try had made
         logger.warning("not enough memory for HED edges in tiles of %d pixels, now in tiles of %d",
                        min(tile, longest), smaller)
@@ -89,10 +93,3 @@ def _memory_needed(images: Tensor, tile: int) -> float:
     height, width = (min(size, tile) for size in images.shape[1:3])
     weights = sum(p.numel() for p in HEDDetector(device="meta").parameters())
     return 4 * (weights + 3 * 64 * height * width)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    management = comfy.model_management
-    if hasattr(management, "is_oom"):
-        return management.is_oom(error)
-    return isinstance(error, management.OOM_EXCEPTION)

@@ -26,6 +26,7 @@ from ...pixart_core.load import (
     read_transformer,
     require_finite,
 )
+from . import memory
 from .conds import AreaCond, CaptionCond, CaptionMaskCond
 from .files import fingerprint
 from .gguf import GGUFOperations, PackedPatcher, refuse_saving
@@ -43,6 +44,14 @@ class PixArtModel(comfy.model_base.PixArt):
             model_config, comfy.model_base.ModelType.EPS, device=device,
             unet_model=HostTransformer)
         self.pixart_config: PixArtConfig = self.diffusion_model.config
+
+    def apply_model(self, x: Tensor, t: Tensor, c_concat: Tensor | None = None,
+                    c_crossattn: Tensor | None = None, control: Any = None,
+                    transformer_options: dict[str, Any] | None = None, **kwargs: Any) -> Tensor:
+        """One call of the model; an error for want of memory says what it was and what helps."""
+        options = {} if transformer_options is None else transformer_options
+        with memory.explained(lambda: memory.of_model_call(self, x, control, options)):
+            return super().apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
         """What a sampler passes for each conditioning, batched by the host."""
@@ -161,8 +170,9 @@ def load_model(path: str, dtype: torch.dtype | None = None, fields: dict[str, An
     `dtype` None lets the host choose for its device and the file; `fields` override what is
     detected. Raises CheckpointError or ValueError that says what the file holds instead.
     """
-    opened = read_transformer(path, fields or {})
-    return model_from(opened, dtype, disable_dynamic, (load_model, (path, dtype, fields)))
+    with memory.explained(lambda: memory.of_loading(path)):
+        opened = read_transformer(path, fields or {})
+        return model_from(opened, dtype, disable_dynamic, (load_model, (path, dtype, fields)))
 
 
 def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dynamic: bool,

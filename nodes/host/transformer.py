@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
 import torch
@@ -175,6 +176,8 @@ class HostTransformer(PixArtTransformer):
         replacements = options.get("patches_replace", {}).get("dit", {})
         patches = options.get("patches", {}).get("double_block", ())
         for index in range(len(self.blocks))[start:stop]:
+            if not torch.compiler.is_compiling():
+                comfy.model_management.throw_exception_if_processing_interrupted()
             options["block_index"] = index
             tokens = inputs.steered(index, tokens)
             replace = replacements.get(("double_block", index))

@@ -168,8 +168,12 @@ class Host:
         so look (ProbeMemory) with some patience."""
         self.request("/free", {"unload_models": unload_models, "free_memory": free_memory})
 
-    def submit(self, graph: Graph | Mapping[str, dict]) -> Job:
-        """Queues a prompt without waiting; raises RunFailedError when the host refuses it."""
+    def submit(self, graph: Graph | Mapping[str, dict],
+               extra: Mapping[str, Any] | None = None) -> Job:
+        """Queues a prompt without waiting; raises RunFailedError when the host refuses it.
+
+        `extra` is the prompt's extra_data, such as {"preview_method": "taesd"}.
+        """
         prompt = dict(graph.prompt if isinstance(graph, Graph) else graph)
         result, client = Result(prompt), uuid.uuid4().hex
         socket = connect(f"ws{self.url[4:]}/ws?clientId={client}", max_size=None, max_queue=None,
@@ -179,7 +183,8 @@ class Host:
             socket.send(json.dumps(flags))
             while json.loads(socket.recv(timeout=30))["type"] != "feature_flags":
                 pass
-            status, body = self.request("/prompt", {"prompt": prompt, "client_id": client})
+            status, body = self.request("/prompt", {"prompt": prompt, "client_id": client,
+                                                    "extra_data": dict(extra or {})})
             answer = json.loads(body)
         except BaseException:
             socket.close()
@@ -193,7 +198,7 @@ class Host:
         return Job(self, result, socket)
 
     def run(self, graph: Graph | Mapping[str, dict], timeout: float = 300,
-            ok: bool = True) -> Result:
+            ok: bool = True, extra: Mapping[str, Any] | None = None) -> Result:
         """Runs a prompt to its end.
 
         With ok=True raises RunFailedError unless it succeeds. With ok=False the prompt must fail:
@@ -201,7 +206,7 @@ class Host:
         """
         start = time.monotonic()
         try:
-            result = self.submit(graph).wait(timeout)
+            result = self.submit(graph, extra).wait(timeout)
         except RunFailedError as refused:
             result = refused.result
         result.seconds = time.monotonic() - start

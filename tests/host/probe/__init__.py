@@ -3,10 +3,10 @@
 V1 nodes: that interface is the same on every supported host.
 """
 
-from . import apply, control, flow, models, patches, tensors
+from . import apply, calls, control, flow, models, patches, tensors
 
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
-    for module in (apply, control, flow, models, patches, tensors)
+    for module in (apply, calls, control, flow, models, patches, tensors)
     for node in module.NODES
 }
