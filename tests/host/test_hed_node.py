@@ -279,8 +279,8 @@ report = {"tiles": list(tiles), "difference": (retried - whole).abs().max().item
 limit = 0
 try:
     hed.detect_edges(weights, images)
-except torch.cuda.OutOfMemoryError:
-    report["given_up_at"] = tiles[-1]
+except torch.cuda.OutOfMemoryError as error:
+    report["given_up_at"], report["message"] = tiles[-1], str(error)
 grey = rgb(images[..., :1])
 report["grey"] = list(grey.shape), torch.equal(grey[..., 2], images[..., 0])
 try:
@@ -312,6 +312,9 @@ def test_out_of_memory_goes_on_in_smaller_tiles(in_process):
 
 def test_out_of_memory_in_the_smallest_tile_is_told(in_process):
     assert in_process["given_up_at"] == 256
+    assert in_process["message"].startswith(
+        "Not enough memory for HED edges of a 40 x 600 px image in tiles of 256 px")
+    assert "1. a smaller image" in in_process["message"]
 
 
 def test_grey_images_and_odd_channel_counts(in_process):

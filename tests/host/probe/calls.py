@@ -1,10 +1,13 @@
 """A MODEL that counts its calls, keeps what they gave, and may take long, stop or fail."""
 
+import sys
 import time
+from unittest import mock
 
 import comfy.latent_formats
 import comfy.model_management
 import comfy.patcher_extension
+import folder_paths
 import torch
 from safetensors.torch import save_file
 
@@ -112,6 +115,75 @@ class ProbeCallsReport:
         return report({name: count for name, count in record.items() if name != "denoised"})
 
 
+class ProbeFullClip:
+    """CLIP -> CLIP that runs out of memory in the way `failure` when it encodes."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"clip": ("CLIP",), "failure": ("STRING", {"default": "device"})}}
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    def run(self, clip, failure):
+        clip = clip.clone()
+        clip.encode_from_tokens_scheduled = lambda *_, **__: fail(failure)
+        return (clip,)
+
+
+class ProbeInterruptingClip:
+    """CLIP -> CLIP that counts prompts under `label` and interrupts the host after number `at`."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"clip": ("CLIP",), "label": ("STRING", {"default": "clip"}),
+                             "at": ("INT", {"default": 1, "min": 1, "max": 1000})}}
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    @classmethod
+    def IS_CHANGED(cls, **_):  # noqa: N802
+        return NO_CACHE
+
+    def run(self, clip, label, at):
+        record = CALLS[label] = {"calls": 0, "denoised": []}
+        clip = clip.clone()
+        encode = clip.encode_from_tokens_scheduled
+
+        def counted(*args, **kwargs):
+            record["calls"] += 1
+            encoded = encode(*args, **kwargs)
+            if record["calls"] == at:
+                nodes.interrupt_processing()
+            return encoded
+
+        clip.encode_from_tokens_scheduled = counted
+        return (clip,)
+
+
+class ProbeFullLoader:
+    """The pack's own load_model, which runs out of memory in the way `failure`."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model_name": ("STRING", {"default": ""}),
+                             "failure": ("STRING", {"default": "python"})}}
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    def run(self, model_name, failure):
+        loaders = next(module for name, module in sys.modules.items()
+                       if name.endswith("nodes.host.model"))
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        with mock.patch.object(loaders, "assign_weights", lambda *_, **__: fail(failure)):
+            return (loaders.load_model(path),)
+
+
 class ProbeLatentColours:
     """How the host turns the latents of SD 1.5 and of SDXL into colours."""
 
@@ -131,4 +203,5 @@ class ProbeLatentColours:
                        for f in formats})
 
 
-NODES = (ProbeCalls, ProbeCallsReport, ProbeLatentColours)
+NODES = (ProbeCalls, ProbeCallsReport, ProbeFullClip, ProbeFullLoader, ProbeInterruptingClip,
+         ProbeLatentColours)
