@@ -1,0 +1,11 @@
+"""`pixart train`: preparing data and training."""
+
+from __future__ import annotations
+
+import typer
+
+from .train_cache import cache
+
+train = typer.Typer(name="train", help="Train PixArt models: prepare data, then train.",
+                    no_args_is_help=True)
+train.command("cache")(cache)
