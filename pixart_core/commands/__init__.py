@@ -11,6 +11,8 @@ from .convert import convert
 from .encode import encode
 from .generate import generate
 from .inspect import inspect
+from .train import train
+from .workflow import app as workflow
 
 __all__ = ["app"]
 
@@ -25,6 +27,8 @@ app.command()(generate)
 app.command()(encode)
 app.command()(inspect)
 app.command()(convert)
+app.add_typer(train)
+app.add_typer(workflow, name="workflow")
 
 
 def _print_version(wanted: bool) -> None:
