@@ -1,0 +1,109 @@
+"""The host's real web page in headless Chromium: a server of its own, one page a module.
+
+COMFYUI_PATH and COMFYUI_PYTHON name the host as for tests/host, CHROMIUM_PATH the browser (else
+the usual names on PATH). Without one of them every test of this folder skips, for one reason.
+Screenshots go to artefacts/<host version>/, which git ignores.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(HERE.parent / "host")]  # the tests import comfy_page and workflow
+
+from chromium import ChromiumMissingError, find_chromium, opened  # noqa: E402
+from comfy_page import PACK_NAME, ComfyPage  # noqa: E402
+from launch import (  # noqa: E402
+    HostMissingError,
+    HostStartError,
+    Installation,
+    find_host,
+    log_tail,
+    running_host,
+)
+
+_FOUND = pytest.StashKey[object]()  # (Installation, Chromium), or why one of them is missing
+_BROKEN = pytest.StashKey[bool]()  # the server did not start, which was reported in full
+_SERVER = pytest.StashKey[object]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[_FOUND] = find_host(), find_chromium()
+    except (HostMissingError, ChromiumMissingError) as reason:
+        config.stash[_FOUND] = reason
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    found = item.config.stash[_FOUND]
+    if isinstance(found, Exception):
+        pytest.skip(str(found))
+    if item.config.stash.get(_BROKEN, False):
+        pytest.fail("the ComfyUI server did not start; see the first error", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    found = terminalreporter.config.stash[_FOUND]
+    if isinstance(found, Exception):
+        line = f"skipped, {str(found).split(';')[0]}"
+    else:
+        line = f"{found[0]} in {found[1]}"
+        if terminalreporter.config.stash.get(_SERVER, None):
+            line += f"; screenshots in {artefacts(found[0])}"
+    terminalreporter.write_line(f"browser suite: {line}")
+
+
+def artefacts(installation: Installation) -> Path:
+    return HERE / "artefacts" / installation.version
+
+
+@pytest.fixture(scope="session")
+def server(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
+    """A started ComfyUI with nothing but this pack, and the picture that every ComfyUI comes with:
+    client.Host."""
+    installation, _ = pytestconfig.stash[_FOUND]
+    base = tmp_path_factory.mktemp("comfyui_page")
+    shutil.rmtree(artefacts(installation), ignore_errors=True)
+    artefacts(installation).mkdir(parents=True)
+    try:
+        with running_host(installation, base, {PACK_NAME: REPOSITORY}) as started:
+            pytestconfig.stash[_SERVER] = started
+            # the first visit would open the template browser by itself
+            started.request("/api/settings", {"Comfy.TutorialCompleted": True})
+            example = installation.path / "input" / "example.png"
+            started.upload(Image.open(example), example.name)
+            yield started
+    except HostStartError as reason:
+        pytestconfig.stash[_BROKEN] = True
+        raise pytest.fail.Exception(str(reason), pytrace=False) from None
+
+
+@pytest.fixture(scope="module")
+def page(server, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
+    """The loaded web page: comfy_page.ComfyPage."""
+    installation, chromium = pytestconfig.stash[_FOUND]
+    with opened(chromium, tmp_path_factory.mktemp("profile")) as tab:
+        loaded = ComfyPage(tab, artefacts(installation))
+        loaded.load(server.url)
+        yield loaded
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Shows the page, its console and the server's log with a failed test."""
+    report = (yield).get_result()
+    if not report.failed or item.config.stash.get(_SERVER, None) is None:
+        return
+    page = item.funcargs.get("page")
+    if page is not None:
+        report.sections.append(("screenshot", str(page.screenshot(f"failed {item.name}"))))
+        report.sections.append(("console of the page", "\n".join(page.errors)))
+    log = item.config.stash[_SERVER].base / "server.log"
+    report.sections.append(("ComfyUI server log", log_tail(log)))
