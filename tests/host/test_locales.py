@@ -46,6 +46,9 @@ def chinese(served, wanted):
 
 
 def listed(title, paths, texts=None):
+    """`title` and a line for each path, with its text; "" where there is none."""
+    if not paths:
+        return ""
     lines = [f"  {'.'.join(path)}" + (f": {texts[path]!r}" if texts else "") for path in paths]
     return "\n".join([title, *lines])
 
@@ -59,9 +62,10 @@ def test_the_page_gets_these_languages(served):
 def test_every_text_is_there_and_none_is_left_over(served, wanted, language):
     texts = flat(served[language]["nodeDefs"])
     missing = [path for path in wanted if not texts.get(path)]
-    assert not missing, listed(f"{language} lacks these; {UPDATE}:", missing, wanted)
     left_over = [path for path in texts if path not in wanted]
-    assert not left_over, listed(f"{language} has these for nothing; {UPDATE}:", left_over)
+    assert not missing + left_over, "\n".join([
+        listed(f"{language} lacks these; {UPDATE}:", missing, wanted),
+        listed(f"{language} has these for nothing:", left_over)])
 
 
 def test_every_node_of_the_pack_is_looked_at(host, wanted):
