@@ -78,8 +78,9 @@ def _origin(graph: Graph, node: Any) -> Any:
 
 def _before(graph: Graph, wire: Wire | None) -> tuple[Wire | None, bool]:
     """The wire from the text encoder, ControlNets stepped over; whether it goes only one way."""
-    alone = True
-    while wire is not None:
+    alone, seen = True, set()
+    while wire is not None and wire not in seen:
+        seen.add(wire)
         alone &= len(list(graph.all_readers(*wire))) == 1
         if graph.kind(wire.node) != "PixArtControlNetApply":
             break
@@ -97,6 +98,9 @@ def _fold(graph: Graph, node: Any, plan: Plan) -> tuple[str, list[str]]:
     if plan.families == {"sigma"}:
         _take_out(graph, node)
         return "(taken out)", ["PixArt-Sigma is not told the size; it had no effect"]
+    for name in ("width", "height"):
+        if name not in wires and not isinstance(values.get(name), int | float):
+            raise LeftError(f"{name} is {values.get(name)!r}, a number was expected")
     wire, alone = _before(graph, graph.source(node, "cond"))
     kind = graph.kind(wire.node) if wire is not None else ""
     notes: list[str] = []

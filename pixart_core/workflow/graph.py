@@ -100,18 +100,24 @@ class Graph(ABC):
 
     def source(self, node: Any, name: str) -> Wire | None:
         """Where an input comes from, reroutes followed."""
-        wire = self.wires(node).get(name)
+        wire, seen = self.wires(node).get(name), set()
         while wire is not None and self.kind(wire.node) in REROUTES:
+            if wire.node in seen:  # a ring of reroutes, which leads nowhere
+                return None
+            seen.add(wire.node)
             wire = next(iter(self.wires(wire.node).values()), None)
         return wire
 
     def all_readers(self, node: Any, slot: int) -> Iterator[Reader]:
         """The inputs that an output feeds, reroutes followed."""
-        for reader in self.readers(node, slot):
-            if self.kind(reader.node) in REROUTES:
-                yield from self.all_readers(reader.node, 0)
-            else:
+        waiting, seen = self.readers(node, slot), set()
+        while waiting:
+            reader = waiting.pop(0)
+            if self.kind(reader.node) not in REROUTES:
                 yield reader
+            elif reader.node not in seen:
+                seen.add(reader.node)
+                waiting = self.readers(reader.node, 0) + waiting
 
     def downstream(self, node: Any) -> Iterator[Any]:
         """Every node behind the first output of `node`, nearest first."""

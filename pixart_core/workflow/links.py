@@ -70,10 +70,6 @@ class Links:
         self.level["links"].append(row)
         self._by_id[number] = _read(row)
         self._list_at_origin(self._by_id[number], slots, add=True)
-        for holder, name in ((self.level, "last_link_id"),
-                             (self.level.get("state") or {}, "lastLinkId")):
-            if name in holder:
-                holder[name] = max(holder[name], number)
         return number
 
     def cut(self, number: Any, slots: Slots) -> None:

@@ -39,7 +39,8 @@ class UiGraph(Graph):
             raise WorkflowError("it has no list of nodes")
         self.nodes: dict[Any, dict[str, Any]] = {}
         for node in nodes:
-            if not isinstance(node, dict) or "id" not in node or "type" not in node:
+            if not (isinstance(node, dict) and isinstance(node.get("id"), int | str)
+                    and isinstance(node.get("type"), str)):
                 raise WorkflowError("a node has no id or no type")
             if node["id"] in self.nodes:
                 raise WorkflowError(f"two nodes have the id {node['id']}")
@@ -170,10 +171,6 @@ class UiGraph(Graph):
         }
         self.nodes[number] = node
         self.level["nodes"].append(node)
-        for holder, name in ((self.level, "last_node_id"),
-                             (self.level.get("state") or {}, "lastNodeId")):
-            if name in holder:
-                holder[name] = max(holder[name], number)
         return number
 
     def remove(self, node: Any) -> None:

@@ -80,6 +80,8 @@ def _upgrade_page(workflow: dict[str, Any], control_base: str | None, report: Re
     for graph in graphs:
         graph.rename_primitives()
         _rename_shown_widgets(graph, subgraphs, renamed)
+    if report.upgraded:
+        _promise_ids(levels, nodes.last, links.last)
     for name, group in ((workflow.get("extra") or {}).get("groupNodes") or {}).items():
         for node in group.get("nodes") or []:
             if node.get("type") in OLD_NODES or node.get("type") in NOT_MAPPED:
@@ -104,6 +106,16 @@ def _used_ids(levels: list[dict[str, Any]]) -> tuple[Counter, Counter]:
                     for row in rows if row and isinstance(row, dict | list))]
     return (Counter([i for i in nodes if type(i) is int]),
             Counter([i for i in links if type(i) is int]))
+
+
+def _promise_ids(levels: list[dict[str, Any]], node: int, link: int) -> None:
+    """Every level says beyond which ids the page may go on: no lower than any that is in use."""
+    for level in levels:
+        for holder, name, last in ((level, "last_node_id", node), (level, "last_link_id", link),
+                                   (level.get("state") or {}, "lastNodeId", node),
+                                   (level.get("state") or {}, "lastLinkId", link)):
+            if type(holder.get(name)) is int:
+                holder[name] = max(holder[name], last)
 
 
 def _upgrade_levels(graphs: list[Any], subgraphs: set[str], control_base: str | None,

@@ -458,6 +458,54 @@ def test_the_ends_of_a_subgraph_carry_clip():
     assert node(after, 2)["inputs"][0]["type"] == "CLIP"
 
 
+def inside_a_subgraph(document):
+    """The document as a subgraph's inside, with links as objects, and an empty page around it."""
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    level = {"id": "5a6f0f6e-7d0e-4a38-8f6a-2f1c3b9d1e78", "name": "all", "version": 1,
+             "inputs": [], "outputs": [], "groups": document["groups"], "nodes": document["nodes"],
+             "state": {"lastNodeId": document["last_node_id"],
+                       "lastLinkId": document["last_link_id"]},
+             "links": [dict(zip(names, row, strict=True)) for row in document["links"]]}
+    return {"nodes": [{"id": 99, "type": level["id"], "inputs": [], "outputs": []}], "links": [],
+            "groups": [], "last_node_id": 99, "last_link_id": 40, "version": 0.4,
+            "definitions": {"subgraphs": [level]}}
+
+
+@pytest.mark.parametrize("name", ["controlnet", "sigma_reroute", "sd3_clip", "left"])
+def test_a_subgraph_is_upgraded_like_a_page(name):
+    """Links are objects there, and further ids must be free in the whole document."""
+    plain, flat = upgrade(golden(name))
+    after, report = upgrade(inside_a_subgraph(golden(name)))
+    check_links(after)
+    [level] = after["definitions"]["subgraphs"]
+    assert [(r.node, r.old, r.new) for r in report.rows] == [
+        (r.node, r.old, r.new) for r in flat.rows]
+    assert [n["type"] for n in level["nodes"]] == [n["type"] for n in plain["nodes"]]
+    assert len({n["id"] for n in level["nodes"]} | {99}) == len(level["nodes"]) + 1
+    highest = max([99, *(n["id"] for n in level["nodes"])])
+    assert after["last_node_id"] >= highest and level["state"]["lastNodeId"] >= max(
+        n["id"] for n in level["nodes"])
+    assert all(isinstance(link, dict) for link in level["links"])
+
+
+def test_rings_end():
+    """Files that make no sense must not hang the command."""
+    ring = {"last_node_id": 4, "last_link_id": 3, "version": 0.4, "groups": [], "links": [
+        [1, 1, 0, 2, 0, "T5"], [2, 2, 0, 1, 0, "T5"], [3, 2, 0, 3, 0, "T5"]], "nodes": [
+        {"id": 1, "type": "Reroute", "inputs": [{"name": "", "type": "*", "link": 2}],
+         "outputs": [{"name": "", "type": "T5", "links": [1]}]},
+        {"id": 2, "type": "Reroute", "inputs": [{"name": "", "type": "*", "link": 1}],
+         "outputs": [{"name": "", "type": "T5", "links": [2, 3]}]},
+        {"id": 3, "type": "T5TextEncode", "inputs": [{"name": "T5", "type": "T5", "link": 3}],
+         "outputs": [], "widgets_values": ["a"]}]}
+    assert upgrade(ring)[1].upgraded
+    cond = {"class_type": "PixArtResolutionCond"}
+    _, report = upgrade({
+        "1": {**cond, "inputs": {"cond": ["2", 0], "width": 8, "height": 8}},
+        "2": {**cond, "inputs": {"cond": ["1", 0], "width": 8, "height": 8}}})
+    assert len(report.left) == 2
+
+
 def test_widgets_shown_outside_are_renamed():
     after, _ = upgrade(golden("subgraph"))
     assert node(after, 2)["properties"]["proxyWidgets"] == [["4", "text"], ["5", "model_name"]]
