@@ -186,10 +186,10 @@ def _padded(captions: Sequence[EncodedCaption]) -> tuple[Tensor, Tensor]:
 
 def read_null(path: Path, digest: str) -> Tensor:
     """T5("") of a cache, (L, D) as stored; CheckpointError where it is not as the index says."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        states = load_file(path)["caption"]
+        states = load(path.read_bytes())["caption"]  # a mapped file could change under the run
         if states_digest(states) != digest:
             raise ValueError("it is not the one that the index names")
     except Exception as error:  # safetensors has an exception of its own
