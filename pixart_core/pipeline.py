@@ -131,7 +131,7 @@ class Pipeline:
         image: Image | None = None,
         clean_caption: bool = True,
         max_tokens: int | None = None,
-        control_image: Image | None = None,
+        control_image: Image | Sequence[Image] | None = None,
         control_strength: float = 1.0,
         control_mode: str = "balanced",
         control_start: float = 0.0,
@@ -151,8 +151,9 @@ class Pipeline:
         empty one) beside the prompt, in one batch. `image` with `strength` below 1 starts from a
         picture, cropped and resized to the size. The noise is drawn on the CPU, so a seed gives the
         same picture as ComfyUI's KSampler with "dpmpp_2m" and "simple". `control_image` (white
-        edges on black for the released ControlNets) steers the part of the schedule from
-        `control_start` to `control_end`, 0 to 1, where the pipeline has a ControlNet;
+        edges on black for the released ControlNets; one for all prompts, or a list with one for
+        each) steers the part of the schedule from `control_start` to `control_end`, 0 to 1, where
+        the pipeline has a ControlNet;
         `control_mode` as in `mode_weights`; `control_cond_only` leaves the negative half of
         guidance alone in any mode. `callback(step, total, denoised latents)` follows
         every step, from 1. `weights` obeys
@@ -182,7 +183,7 @@ class Pipeline:
     @torch.inference_mode()
     def run(self, settings: Settings, prompts: list[str] | None = None,
             image: Image | None = None, callback: Callback | None = None,
-            control_image: Image | None = None,
+            control_image: Image | Sequence[Image] | None = None,
             embeddings: str | Path | Sequence[CaptionEntry] | None = None,
             negative_embeddings: str | Path | Sequence[CaptionEntry] | None = None,
             ) -> list[Image]:
@@ -199,7 +200,7 @@ class Pipeline:
         negative = self._negative(settings, len(positive), negative_embeddings)
         x = self._start(settings, len(positive), timesteps[0], image)
         predict = self._guided(settings, positive, negative,
-                               self._control(settings, control_image))
+                               self._control(settings, control_image, len(positive)))
         total = len(timesteps)
 
         def report(i: int, denoised: Tensor) -> None:
@@ -273,8 +274,9 @@ class Pipeline:
                              "one for all, or one for each")
         return rows * count if len(rows) == 1 else rows
 
-    def _control(self, settings: Settings, image: Image | None) -> Control | None:
-        """The ControlNet with its encoded image; None without an image."""
+    def _control(self, settings: Settings, image: Image | Sequence[Image] | None,
+                 count: int) -> Control | None:
+        """The ControlNet with its encoded image, or one for each of `count` pictures."""
         if image is None:
             if settings.names_control():
                 raise ValueError(f"{', '.join(settings.names_control())} given without a control "
@@ -283,7 +285,12 @@ class Pipeline:
         if self.controlnet is None:
             raise ValueError("a control image was given, but this pipeline has no ControlNet; load "
                              "one with controlnet=...")
-        pixels = fit_image(_pixels(image), settings.height, settings.width)
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if len(images) not in (1, count):
+            raise ValueError(f"there are {len(images)} control images for {count} pictures; use "
+                             "one for all, or one for each")
+        pixels = torch.cat([fit_image(_pixels(one), settings.height, settings.width)
+                            for one in images])
         latent = self.vae.encode(pixels).to(self._device())
         weights = mode_weights(settings.control_mode, self.controlnet.config.depth)
         return Control(self.controlnet, latent, settings.control_strength, weights)
@@ -305,6 +312,8 @@ class Pipeline:
         own = [row.aspect_ratio or float("nan") for row in rows]
         ratio = torch.tensor(own, dtype=torch.float32, device=device)[:, None]
         ratio = torch.where(ratio.isnan(), size[:, :1] / size[:, 1:], ratio)
+        if control is not None and guided and len(control.latent) > 1:
+            control = dataclasses.replace(control, latent=torch.cat([control.latent] * 2))
         half = settings.control_cond_only or settings.control_mode == "control"
         if control is not None and guided and half:
             control = dataclasses.replace(control, rows=slice(len(negative), None))

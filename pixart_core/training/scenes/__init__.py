@@ -3,13 +3,14 @@
 A scene is a function of (seed, number); its picture, captions and outline are functions of it.
 """
 
-from .captions import Caption, captions, full_caption
+from .captions import ATTRIBUTES, Caption, caption_naming, captions, full_caption
 from .draw import SceneSettings, draw_scene, draw_scenes, picture_size
 from .export import ExportSettings, export_scenes
 from .render import color_shifts, outline, render
 from .scene import COLORS, PLACES, RELATIONS, SHAPES, SIZES, Scene, SceneObject, held_out
 
 __all__ = [
+    "ATTRIBUTES",
     "COLORS",
     "PLACES",
     "RELATIONS",
@@ -20,6 +21,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "SceneSettings",
+    "caption_naming",
     "captions",
     "color_shifts",
     "draw_scene",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .draw import Dice
@@ -55,8 +56,22 @@ def full_caption(scene: Scene, seed: int = 0, number: int = 0) -> str:
     return captions(scene, seed, number, 1)[0].text
 
 
+def caption_naming(scene: Scene, attributes: Collection[str], seed: int = 0,
+                   number: int = 0) -> Caption:
+    """A caption of shapes, their count and `attributes` alone (of ATTRIBUTES)."""
+    unknown = sorted(set(attributes) - set(ATTRIBUTES))
+    if unknown:
+        raise ValueError(f"attributes are {', '.join(unknown)}; use {', '.join(ATTRIBUTES)}")
+    dice = Dice(seed, number, _TAKEN)
+    return _written(scene, dice, {name: name in attributes for name in _LEFT_OUT})
+
+
 def _caption(scene: Scene, dice: Dice, full: bool) -> Caption:
     said = {name: full or not dice.chance(share) for name, share in _LEFT_OUT.items()}
+    return _written(scene, dice, said)
+
+
+def _written(scene: Scene, dice: Dice, said: dict[str, bool]) -> Caption:
     named = {"count", "shape", *(name for name, is_said in said.items() if is_said)}
     if scene.kind == "count":
         named -= {"size", "place"}
