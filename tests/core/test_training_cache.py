@@ -224,6 +224,19 @@ def test_captions_are_cleaned_for_t5_alone(tmp_path, encoders) -> None:
     torch.testing.assert_close(batch.caption[0], states[0][mask[0]], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numbers_are_stored_in_the_dtype_and_read_as_float32(made, tmp_path, encoders, dtype
+                                                             ) -> None:
+    draw(tmp_path / "images" / "square1.png", 1, SHAPES["square"], "a square circle")
+    build_cache(tmp_path / "images", tmp_path / "cache", changed(dtype=dtype), *encoders)
+    batch = CachedSamples(tmp_path / "cache").batch(0, 1)
+    pixels = load_picture(tmp_path / "images" / "square1.png", 64, 64)[None] / 255
+    stored = encoders[1].encode(pixels).to(getattr(torch, dtype)).float()
+    assert torch.equal(batch.latents, stored)
+    assert batch.caption.dtype == torch.float32
+    assert torch.equal(batch.caption, batch.caption.to(getattr(torch, dtype)).float())
+
+
 def test_shards_end_at_their_size(tmp_path, encoders) -> None:
     """Protects memory: what one shard holds is in memory while it is made."""
     fill(tmp_path / "images", 2)
@@ -334,6 +347,20 @@ def test_a_full_disk_is_one_clear_message(tmp_path, encoders, monkeypatch) -> No
         build_cache(tmp_path / "images", tmp_path / "cache", PLAIN, *encoders)
 
 
+def test_two_runs_do_not_write_one_cache(copy, encoders) -> None:
+    pytest.importorskip("fcntl")
+    draw(copy / "images" / "new.png")
+    inner = []
+
+    def again(stage: str, done: int, total: int) -> None:
+        with pytest.raises(ValueError, match="another run writes to") as caught:
+            build_cache(copy / "images", copy / "cache", PLAIN, *encoders)
+        inner.append(caught)
+
+    build_cache(copy / "images", copy / "cache", PLAIN, *encoders, progress=again)
+    assert inner
+
+
 def test_a_folder_of_other_things_is_not_made_a_cache(tmp_path, encoders) -> None:
     draw(tmp_path / "images" / "a.png")
     with pytest.raises(ValueError, match=r"holds a\.\w+ and no cache"):
@@ -402,6 +429,23 @@ def test_samples_can_be_sent_to_another_process(made) -> None:
     first = samples.batch(2, 3)
     other = pickle.loads(pickle.dumps(samples))
     assert torch.equal(other.batch(2, 3).latents, first.latents)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forked_readers_do_not_disturb_each_other(made) -> None:
+    """They inherit open files, whose position they would share."""
+    samples = CachedSamples(made / "cache")
+    all_rows(samples)
+    child = os.fork()
+    if child == 0:
+        try:
+            all_rows(samples, epochs=30)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    all_rows(samples, epochs=30)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_few_files_are_open_at_once(copy, monkeypatch) -> None:

@@ -69,11 +69,13 @@ class _Epoch:
         count = self.counts[bucket]
         rows = self._permutation(count, _ROWS, bucket)
         missing = -count % self.size
-        last = rows[count - count % self.size:] if missing else rows[:0]
+        if not missing:
+            return rows
+        last = torch.zeros(count, dtype=torch.bool)
+        last[rows[count - count % self.size:]] = True
         again = self._permutation(count, _FILLING, bucket)
         # rows of the last batch come last, so that none is there twice unless it has to be
-        there = torch.isin(again, last)
-        again = torch.cat([again[~there], again[there]])
+        again = torch.cat([again[~last[again]], again[last[again]]])
         return torch.cat([rows, again.repeat(-(-missing // count))[:missing]])
 
     def _permutation(self, count: int, purpose: int, bucket: int) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 import threading
 import zlib
@@ -126,9 +127,7 @@ class ShardReader:
             tables = {name: self._whole(name) for name in _TABLES}
             if _digest([tables[name] for name in _TABLES]) != entry.digest:
                 raise ValueError("its tables are not those that the index names")
-            self._tables = {name: torch.frombuffer(bytearray(raw), dtype=torch.int64) if raw
-                            else torch.empty(0, dtype=torch.int64)
-                            for name, raw in tables.items()}
+            self._tables = {name: memoryview(raw).cast("q") for name, raw in tables.items()}
         except CheckpointError as error:
             self.close()
             raise self._bad(str(error).partition("; download")[0]) from error
@@ -157,14 +156,13 @@ class ShardReader:
 
     def variants(self, row: int) -> list[int]:
         """The numbers of a row's captions."""
-        start, stop = self._tables["variant_offsets"][row: row + 2].tolist()
+        start, stop = self._tables["variant_offsets"][row: row + 2]
         return self._tables["variants"][start:stop].tolist()
 
     def caption(self, number: int) -> EncodedCaption:
         """A caption of this shard by its number."""
-        start, stop = self._tables["caption_offsets"][number: number + 2].tolist()
-        raw = self._rows("caption", start, stop)
-        text = self._rows("text", *self._tables["text_offsets"][number: number + 2].tolist())
+        raw = self._rows("caption", *self._tables["caption_offsets"][number: number + 2])
+        text = self._rows("text", *self._tables["text_offsets"][number: number + 2])
         self._check(zlib.crc32(text, zlib.crc32(raw)), "caption_sums", number,
                     f"caption {number}")
         return EncodedCaption(bytes(text).decode("utf-8", "surrogatepass"),
@@ -188,7 +186,7 @@ class ShardReader:
         self.sources()
 
     def _check(self, total: int, table: str, number: int, what: str) -> None:
-        if self.verify and total != int(self._tables[table][number]):
+        if self.verify and total != self._tables[table][number]:
             raise self._bad(f"{what} has another checksum than when it was written")
 
     def _whole(self, name: str) -> bytearray:
@@ -199,16 +197,21 @@ class ShardReader:
         raw = bytearray((stop - start) * span.row_bytes)
         view, done = memoryview(raw), 0
         try:
-            with self._lock:
-                self._file.seek(span.start + start * span.row_bytes)
-                while done < len(raw):
-                    count = self._file.readinto(view[done:])
-                    if not count:
-                        raise self._bad("it is cut short")
-                    done += count
+            while done < len(raw):
+                count = self._read_at(view[done:], span.start + start * span.row_bytes + done)
+                if not count:
+                    raise self._bad("it is cut short")
+                done += count
         except OSError as error:
             raise self._bad(str(error)) from error
         return raw
+
+    def _read_at(self, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):  # processes that were forked share the position of a file
+            return os.preadv(self._file.fileno(), [view], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(view)
 
     def _tensor(self, name: str, raw: bytearray) -> Tensor:
         span = self._spans[name]
