@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PACK_NAME = "ComfyUI-PixArt-Delta"
-PATIENCE = 10_000  # ms; a page on a busy machine
+PATIENCE = 60_000  # ms; a page on a busy machine
 FALLBACKS = re.compile(r"/docs/\w+/\w+\.md|/userdata|/user\.css")  # 404 is an answer there
 
 # what is on the canvas; positions without the title bar
@@ -143,18 +143,24 @@ class ComfyPage:
             .forEach(node => node.widgets.find(w => w.name === name).value = value)""",
             [node_type, name, value])
 
-    def help_of(self, node_type: str) -> Any:
-        """Puts a new node on the empty canvas, presses its info button; the help text's Locator."""
-        self.tab.evaluate("""type => {
+    def add_node(self, node_type: str) -> dict[str, Any]:
+        """Puts a new node alone on the canvas and selects it: its widgets' values by name."""
+        values = self.tab.evaluate("""type => {
             const {graph, canvas} = window.app;
-            graph.clear();
+            for (const old of [...graph._nodes]) graph.remove(old);
             const node = window.LiteGraph.createNode(type);
             graph.add(node);
             canvas.deselectAll();
             canvas.centerOnNode(node);
             canvas.selectNode(node);
+            return Object.fromEntries((node.widgets ?? []).map(w => [w.name, w.value]));
         }""", node_type)
         self.settle()
+        return values
+
+    def help_of(self, node_type: str) -> Any:
+        """Adds a new node and presses its info button; the help text's Locator."""
+        self.add_node(node_type)
         self.tab.get_by_test_id("info-button").click()
         return self.tab.locator(".markdown-content, .node-help-content").first
 

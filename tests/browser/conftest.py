@@ -29,6 +29,11 @@ from launch import (  # noqa: E402
     running_host,
 )
 
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # else the first visit opens the template browser by itself
+    "Comfy.Minimap.Visible": False,  # it and a fast canvas take the processor from the server
+    "LiteGraph.Canvas.MaximumFps": 15,
+}
 _FOUND = pytest.StashKey[object]()  # (Installation, Chromium), or why one of them is missing
 _BROKEN = pytest.StashKey[bool]()  # the server did not start, which was reported in full
 _SERVER = pytest.StashKey[object]()
@@ -75,8 +80,7 @@ def server(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
     try:
         with running_host(installation, base, {PACK_NAME: REPOSITORY}) as started:
             pytestconfig.stash[_SERVER] = started
-            # the first visit would open the template browser by itself
-            started.request("/api/settings", {"Comfy.TutorialCompleted": True})
+            started.request("/api/settings", SETTINGS)
             example = installation.path / "input" / "example.png"
             started.upload(Image.open(example), example.name)
             yield started

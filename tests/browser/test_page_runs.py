@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from workflow import load
+from workflow import NOTES, load
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+TITLE = 30  # the height of a node's title bar, above its box
 SAMPLERS = {"PixArt-alpha text to image": "KSampler",
             "PixArt-delta LCM 4 steps": "PixArtLCMSampler",
             "PixArt-alpha ControlNet HED": "KSampler"}
@@ -44,10 +45,24 @@ def test_a_run_ends_with_the_picture_on_the_page(name, runs):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_sampler_shows_previews(name, runs):
     """Pictures the sampler sent, not files of the server."""
-    seen, nodes = runs(name)
+    seen, _ = runs(name)
     shown = [address for kind, detail in seen if kind == "shown"
              for node, address in [detail] if node == SAMPLERS[name]]
     assert shown and all(address.startswith("blob:") for address in shown)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_there_is_room_for_what_a_run_adds(name, runs):
+    """Nodes grow by previews and token counts; they stay in their groups, beside each other."""
+    _, nodes = runs(name)
+    groups = [group["bounding"] for group in load(FOLDER / f"{name}.json")["groups"]]
+    boxes = [(n["type"], n["box"]) for n in nodes if n["type"] not in NOTES]
+    for i, (kind, (x, y, width, height)) in enumerate(boxes):
+        assert any(gx <= x and gy <= y and x + width <= gx + gw and y + height <= gy + gh
+                   for gx, gy, gw, gh in groups), (kind, height)
+        for other, (ox, oy, other_width, other_height) in boxes[i + 1:]:
+            assert (x + width <= ox or ox + other_width <= x or y + height <= oy - TITLE
+                    or oy + other_height <= y - TITLE), (kind, other)
 
 
 def test_the_preview_shows_while_sampling_goes_on(page):
