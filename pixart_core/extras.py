@@ -6,7 +6,14 @@ import importlib
 from types import ModuleType
 
 # the extras of pyproject.toml, for those who install packages one by one
-PACKAGES = {"pipeline": "diffusers pillow", "cli": "typer rich diffusers pillow", "gguf": "gguf"}
+PACKAGES = {
+    "pipeline": "diffusers pillow",
+    "cli": "typer rich diffusers pillow",
+    "gguf": "gguf",
+    "train": "typer rich diffusers pillow accelerate peft tensorboard pyyaml pyarrow",
+    "adamw8bit": "bitsandbytes",
+    "came": "came-pytorch",
+}
 
 
 def how_to_install(extra: str) -> str:

@@ -130,5 +130,6 @@ class FinalLayer(ScaleShift):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = self.scale_shift(t[:, None])
         # once per pass, so float32 to the last layer is cheap, and no later layer evens it out
-        h = modulate(self.norm_final(x.float()), shift, scale)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        h = modulate(self.norm_final(wide), shift, scale)
         return self.linear(h.to(x.dtype))

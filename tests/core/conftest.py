@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+sys.path.insert(0, str(Path(__file__).parent))  # the tests of training import training_samples
 
 Weights = dict[str, Tensor]
 

@@ -1,0 +1,84 @@
+"""Teach a model a subject or a style: a LoRA on a few pictures (DreamBooth, arXiv 2208.12242)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ...sampling.schedule import NUM_TRAIN_TIMESTEPS, add_noise
+from ..adapters import TARGETS, Adapters
+from ..batch import Batch, Conditions
+from ..diffusion import noise_loss
+from ..draws import Draws
+from ..initialize import transformer_to_train
+from ..recipe import Losses, Samples
+from .denoiser import DenoiserRecipe, DenoiserSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings(DenoiserSettings):
+    """Attributes beside those of every run:
+
+    model: the checkpoint that the LoRA is for; it stays as it is.
+    rank, alpha: of the LoRA; alpha null is the rank, a strength of 1.
+    targets: "attention", "blocks" (with the MLPs) or "everywhere" (embedders and last layer too).
+    weight_clip: see `noise_loss`.
+    """
+
+    model: Path
+    rank: int = 16
+    alpha: float | None = None
+    targets: Literal["attention", "blocks", "everywhere"] = "attention"
+    weight_clip: float | None = None
+    caption_dropout: float = 0.0
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self.rank)
+        if self.ema_decay is not None:
+            raise ValueError("a LoRA is handed out as it was trained; leave ema_decay null")
+
+
+class LoRA(DenoiserRecipe):
+    """Noise prediction as in the base recipe; only the adapters are trained."""
+
+    name = "lora"
+    settings: LoRASettings
+
+    def __init__(self, settings: LoRASettings, samples: Samples | None = None) -> None:
+        self.settings = settings
+        model = transformer_to_train(settings.model, seed=settings.seed)
+        self.open_samples(model.config, samples)
+        self.choose_null(model)
+        self.adapters = Adapters(model, TARGETS[settings.targets], settings.rank, settings.alpha,
+                                 settings.seed)
+        self.trained = model
+
+    def loss(self, trained: nn.Module, batch: Batch, draws: Draws) -> Losses:
+        t = draws.integers(NUM_TRAIN_TIMESTEPS)
+        noise = draws.noise(batch.latents)
+        conditions = self.conditions(batch, self.dropped(draws)).arguments()
+        out = trained(add_noise(batch.latents, noise, t), t, **conditions)
+        error = noise_loss(out[:, :4], noise, t, self.settings.weight_clip).mean()
+        return Losses(error, {"noise": error})
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"adapters": self.adapters}
+
+    def export(self, folder: Path) -> list[Path]:
+        path = folder / "lora.safetensors"
+        self.adapters.write(path)
+        return [path]
+
+    def forward_sample(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        return self.trained(x, t, **conditions.arguments())
+
+
+def check_rank(rank: int) -> None:
+    """Raise ValueError for a rank that no LoRA has."""
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; use 1 or more (4 to 64 are usual)")
