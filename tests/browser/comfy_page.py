@@ -122,7 +122,8 @@ class ComfyPage:
         self.tab.evaluate(_WATCH)
         self.tab.get_by_role("button", name="Run", exact=True).first.click()
         self.tab.wait_for_function(
-            "window.seenByTest.some(([kind]) => kind.startsWith('execution_'))")
+            "window.seenByTest.some(([kind]) => kind.startsWith('execution_'))",
+            timeout=3 * PATIENCE)
         return self.seen()
 
     def seen(self) -> list[list]:
