@@ -29,7 +29,7 @@ class RunSettings:
         optimizer: "adamw"; "adamw8bit" (bitsandbytes) or "came" (came-pytorch) where installed.
         warmup_steps: steps over which the learning rate rises from 0.
         schedule: "constant", or "cosine" down to a thirtieth at the last step.
-        max_grad_norm: gradients are clipped to this norm; None for no clipping.
+        max_grad_norm: gradients are clipped to this norm; null for no clipping.
         precision: "no" (float32), "bf16" or "fp16" for layers that see tokens; weights, time path
             and loss stay float32.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping it.

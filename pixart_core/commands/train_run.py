@@ -1,0 +1,112 @@
+"""`pixart train RECIPE`: settings, progress with the time left, how it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .common import console, plain_errors
+
+_ABOUT = {
+    "base": "Train or fine-tune a model: noise prediction and learned variance.",
+    "lcm": "Distil a model into one that draws in 2 to 4 steps (PixArt-delta).",
+    "lcm-lora": "Distil a model into a LoRA that makes it draw in 2 to 4 steps.",
+    "controlnet": "Train a ControlNet-Transformer for a model (PixArt-delta).",
+    "lora": "Teach a model a subject or style from a few pictures.",
+}
+_ARGUMENTS = typer.Argument(metavar="[SETTINGS.yaml] [NAME=VALUE]...", show_default=False,
+                            help="A file of settings, then single ones; --show lists them all.")
+_SHOW = typer.Option("--show", help="Print the settings and what they mean, and leave.")
+
+
+def register(group: typer.Typer) -> None:
+    """Add one command for each recipe."""
+    for name, about in _ABOUT.items():
+        group.command(name, help=about)(_command(name))
+
+
+def _command(name: str):
+    def command(arguments: Annotated[list[str] | None, _ARGUMENTS] = None,
+                show: Annotated[bool, _SHOW] = False) -> None:
+        with plain_errors():
+            if show:
+                _print_settings(name)
+            else:
+                _train(name, arguments or [])
+    return command
+
+
+def _train(name: str, arguments: list[str]) -> None:
+    from ..training.loop import train
+    from ..training.recipes import make_recipe, recipe_settings
+    from ..training.settings import parse_pairs, read_settings_file
+
+    files = [a for a in arguments if "=" not in a]
+    pairs = parse_pairs([a for a in arguments if "=" in a])
+    settings = recipe_settings(name, *map(read_settings_file, files), pairs)
+    with _Bar(settings.steps) as bar:
+        outcome = train(make_recipe(name, settings), bar)
+    for path in outcome.files:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    if outcome.stopped:
+        console.print(f"stopped after step {outcome.step} of {settings.steps}; the same command "
+                      "goes on from there", highlight=False)
+        raise typer.Exit(130)
+
+
+def _print_settings(name: str) -> None:
+    """The recipe's own settings as a file that can be changed and given back, and their words."""
+    import dataclasses
+
+    import yaml
+
+    from ..training.recipes import RECIPES, recipe_defaults
+
+    kind = RECIPES[name][1]
+    values = {f.name: f.default for f in dataclasses.fields(kind)
+              if f.default is not dataclasses.MISSING}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    values.update(recipe_defaults(name))
+    needed = [f.name for f in dataclasses.fields(kind) if f.name not in values]
+    for owner in reversed(kind.__mro__[:-1]):
+        for line in (owner.__doc__ or "").strip().splitlines():
+            console.print(f"# {line.strip()}".rstrip(), markup=False, highlight=False,
+                          soft_wrap=True)
+        console.print()
+    for field in needed:
+        console.print(f"{field}:  # must be given", markup=False, highlight=False)
+    text = yaml.safe_dump({k: str(v) if isinstance(v, Path) else v for k, v in values.items()},
+                          sort_keys=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Bar:
+    """Tells how a run goes: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, steps: int) -> None:
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                             TimeRemainingColumn(), console=console)
+        self._task = self._bar.add_task("training", total=steps)
+        self._said = -1
+
+    def __enter__(self) -> _Bar:
+        if console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def progress(self, report) -> None:
+        text = f"loss {report.values['loss']:.4f}, {report.rate:.1f} samples/s"
+        self._bar.update(self._task, completed=report.step, description=text)
+        tenth = 10 * report.step // report.steps
+        if not console.is_terminal and tenth > self._said:
+            self._said = tenth
+            console.print(f"step {report.step}/{report.steps}: {text}", highlight=False)
+
+    def message(self, text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
