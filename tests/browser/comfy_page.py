@@ -70,10 +70,11 @@ class ComfyPage:
         return self.tab.locator(".comfy-menu-button-wrapper, .comfyui-logo-wrapper").first
 
     def browse_templates(self) -> Any:
-        """Opens the template browser at this pack; the dialog's Locator."""
-        self._menu().click()
-        self.tab.get_by_role("menuitem", name="Browse Templates").click()
+        """Opens the template browser at this pack, unless it is open; the dialog's Locator."""
         dialog = self.tab.get_by_role("dialog")
+        if not dialog.is_visible():
+            self._menu().click()
+            self.tab.get_by_role("menuitem", name="Browse Templates").click()
         dialog.get_by_text(PACK_NAME, exact=True).first.click()
         self.card("").first.wait_for()
         return dialog
@@ -83,6 +84,14 @@ class ComfyPage:
         if not template:
             return self.tab.locator("[data-testid^='template-workflow-']")
         return self.tab.get_by_test_id(f"template-workflow-{template}")
+
+    def thumbnail_width(self, template: str) -> int:
+        """The width of a template's thumbnail in pixels. The page loads those in view only."""
+        return self.tab.wait_for_function("""id => {
+            const card = document.querySelector(`[data-testid="${id}"]`);
+            card.scrollIntoView({block: "center"});
+            return card.querySelector("img")?.naturalWidth;
+        }""", arg=f"template-workflow-{template}", polling=100).json_value()
 
     def open_template(self, name: str) -> None:
         """Opens a template as a user does, and waits until its graph is there."""
@@ -108,6 +117,22 @@ class ComfyPage:
         """Every node on the canvas: id, type, title, known, marked, box (x, y, width, height),
         pictures (address, width), choices (widget, value, what can be chosen)."""
         return self.tab.evaluate(_READ_GRAPH)
+
+    def unseen_of_the_note(self) -> list[int]:
+        """Looked at in full size: by how many pixels each box of the note's text scrolls."""
+        return self.tab.evaluate("""async () => {
+            const {graph, canvas} = window.app;
+            const frame = () => new Promise(requestAnimationFrame);
+            const [note, ...others] = graph._nodes.filter(node => node.type === "MarkdownNote");
+            if (!note || others.length) return [];
+            canvas.ds.scale = 1;
+            canvas.centerOnNode(note);
+            canvas.setDirty(true, true);
+            for (let i = 0; i < 5; i++) await frame();
+            return [...document.querySelectorAll(".comfy-markdown, .tiptap")]
+                .filter(e => e.offsetParent && e.clientHeight)
+                .map(e => e.scrollHeight - e.clientHeight);
+        }""")
 
     def prompt(self) -> dict[str, dict]:
         """What Run would send to the server."""
