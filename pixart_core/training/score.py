@@ -81,8 +81,9 @@ def compare(scene: Scene, seen: Detected, size: tuple[int, int],
             named: Collection[str] | None = None) -> Scores:
     """`score` of what was seen in a picture of `size` (height, width) px.
 
-    Objects are taken for those of the scene in the way that scores best. A kind of scene that has
-    no size or place words (equal objects) is never asked for them.
+    Objects are taken for those of the scene whose colour and shape they have, then for those of
+    their size, then for those in their place. A kind of scene that has no size or place words
+    (equal objects) is never asked for them.
     """
     asked = set(ATTRIBUTES if named is None else named)
     if scene.kind == "count":
@@ -93,7 +94,7 @@ def compare(scene: Scene, seen: Detected, size: tuple[int, int],
     best: dict[str, float] = {}
     for chosen in itertools.permutations(found, count):
         candidate = _matched(scene, chosen, size)
-        if not best or _sum(candidate, asked) > _sum(best, asked):
+        if not best or _rank(candidate, asked) > _rank(best, asked):
             best = candidate
     best["background"] = float(seen.background == scene.background)
     best["count"] = float(len(seen.objects) == count)
@@ -158,8 +159,9 @@ def relation_word(first: DetectedObject, second: DetectedObject) -> str:
     return "above" if dy < 0 else "below"
 
 
-def _sum(values: dict[str, float], asked: set[str]) -> float:
-    return sum(value for name, value in values.items() if name in asked)
+def _rank(values: dict[str, float], asked: set[str]) -> tuple[float, ...]:
+    right = {name: value if name in asked else 0.0 for name, value in values.items()}
+    return right["color"] + right["shape"], right["size"], right["place"]
 
 
 def _matched(scene: Scene, found: Sequence[DetectedObject | None],
