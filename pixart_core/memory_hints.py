@@ -12,6 +12,7 @@ from .quant import PackedWeight
 if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .settings import Settings
+    from .text import T5TextEncoder
 
 _SMALL_T5 = "T5 from a smaller file: GGUF in Q8_0 is 5 GB for T5 XXL"
 _NO_T5 = "captions from `pixart encode` (--embeddings, --negative-embeddings) in place of T5"
@@ -26,9 +27,9 @@ def of_loading() -> Description:
                                   f"for the transformer {_GGUF}", _OTHER_PROGRAMS]
 
 
-def of_encoding(pipeline: Pipeline) -> Description:
+def of_encoding(encoder: T5TextEncoder) -> Description:
     """T5 with one prompt."""
-    size = gigabytes(weight_bytes(pipeline.encoder.model))
+    size = gigabytes(weight_bytes(encoder.model))
     return f"the text encoder ({size} of weights)", [_NO_T5, _SMALL_T5, _OTHER_PROGRAMS]
 
 

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from .captions import Captions, Embeddings
 from .checkpoint.lora_apply import apply_loras
 from .control_image import fit_image
 from .load import load_transformer
 from .load_control import load_controlnet
 from .memory import explained
-from .memory_hints import of_decoding, of_drawing, of_encoding, of_loading
+from .memory_hints import of_decoding, of_drawing, of_loading
 from .model import Control, PixArtControlNet, PixArtTransformer
 from .model.controlnet import check_fit, mode_weights, trained_for_another
 from .sampling import add_noise, sample_dmd, sample_dpm, sample_lcm, sample_sa, step_noise
 from .settings import PIXELS_PER_LATENT, Settings
-from .text.embeddings import CaptionEntry, CaptionRow, caption_rows, load_embeddings, stack_rows
+from .text.embeddings import CaptionRow, stack_rows
 from .vae import LATENT_CHANNELS, VAE, load_vae
 
 if TYPE_CHECKING:
@@ -139,8 +140,8 @@ class Pipeline:
         control_cond_only: bool = False,
         callback: Callback | None = None,
         weights: bool = True,
-        embeddings: str | Path | Sequence[CaptionEntry] | None = None,
-        negative_embeddings: str | Path | Sequence[CaptionEntry] | None = None,
+        embeddings: Embeddings | None = None,
+        negative_embeddings: Embeddings | None = None,
     ) -> Image | list[Image]:
         """Draw one picture per prompt: a PIL image for a string, a list for a list.
 
@@ -184,8 +185,8 @@ class Pipeline:
     def run(self, settings: Settings, prompts: list[str] | None = None,
             image: Image | None = None, callback: Callback | None = None,
             control_image: Image | Sequence[Image] | None = None,
-            embeddings: str | Path | Sequence[CaptionEntry] | None = None,
-            negative_embeddings: str | Path | Sequence[CaptionEntry] | None = None,
+            embeddings: Embeddings | None = None,
+            negative_embeddings: Embeddings | None = None,
             ) -> list[Image]:
         """Draw resolved settings: one picture for each of `prompts` (or for settings.prompt), or
         for each caption of `embeddings`, which go first."""
@@ -196,8 +197,9 @@ class Pipeline:
                              "out, or name another sampler")
         prompts = prompts or [settings.prompt]
         timesteps = settings.timesteps()
-        positive = self._saved(embeddings) or self._rows(prompts, settings)
-        negative = self._negative(settings, len(positive), negative_embeddings)
+        captions = self._captions()
+        positive = captions.positive(prompts, settings, embeddings)
+        negative = captions.negative(settings, len(positive), negative_embeddings)
         x = self._start(settings, len(positive), timesteps[0], image)
         predict = self._guided(settings, positive, negative,
                                self._control(settings, control_image, len(positive)))
@@ -218,6 +220,9 @@ class Pipeline:
         with explained(lambda: of_decoding(self, settings, len(latents))):
             return _to_pictures(self.vae.decode(latents))
 
+    def _captions(self) -> Captions:
+        return Captions(self.encoder, self.config.caption_channels)
+
     def _device(self) -> torch.device:
         return self.transformer.x_embedder.proj.weight.device
 
@@ -231,48 +236,6 @@ class Pipeline:
             return noise
         pixels = _to_pixels(image, settings.height, settings.width)
         return add_noise(self.vae.encode(pixels).to(noise).expand(shape), noise, t)
-
-    def _rows(self, texts: Sequence[str], settings: Settings) -> list[CaptionRow]:
-        """The caption of every text, each encoded by itself, so that none depends on another."""
-        if self.encoder is None:
-            raise ValueError("this pipeline has no text encoder, which a prompt needs; load T5, or "
-                             "pass embeddings, and negative_embeddings for guidance above 1")
-        from .text import clean_caption
-        from .text.weights import encode_prompt
-
-        clean = clean_caption if settings.clean_caption else None
-        with explained(lambda: of_encoding(self)):
-            states = {text: encode_prompt(self.encoder, text, settings.max_tokens, clean,
-                                          settings.weights) for text in dict.fromkeys(texts)}
-        return [CaptionRow(states[text]) for text in texts]
-
-    def _saved(self, source: str | Path | Sequence[CaptionEntry] | None) -> list[CaptionRow]:
-        """The captions of a file of embeddings, or of its entries; [] for None."""
-        if source is None:
-            return []
-        is_file = isinstance(source, str | Path)
-        name = Path(source).name if is_file else "the embeddings"
-        rows = caption_rows(load_embeddings(source)[0] if is_file else source, name)
-        width, expected = rows[0].states.shape[1], self.config.caption_channels
-        if width != expected:
-            raise ValueError(f"{name} holds captions {width} wide, the model reads {expected}; "
-                             "encode the prompt with the T5 that belongs to the model")
-        return rows
-
-    def _negative(self, settings: Settings, count: int,
-                  source: str | Path | Sequence[CaptionEntry] | None) -> list[CaptionRow]:
-        """The negative caption of each of `count` pictures; [] without guidance."""
-        guided = settings.guidance > 1
-        if (settings.negative_prompt or source is not None) and not guided:
-            logger.warning("guidance is %g, so the negative prompt has no effect; it needs more "
-                           "than 1", settings.guidance)
-        if not guided:
-            return []
-        rows = self._saved(source) or self._rows([settings.negative_prompt], settings)
-        if len(rows) not in (1, count):
-            raise ValueError(f"there are {len(rows)} negative captions for {count} pictures; use "
-                             "one for all, or one for each")
-        return rows * count if len(rows) == 1 else rows
 
     def _control(self, settings: Settings, image: Image | Sequence[Image] | None,
                  count: int) -> Control | None:
@@ -298,8 +261,9 @@ class Pipeline:
     def _predictor(self, settings: Settings, prompts: list[str],
                    control: Control | None = None) -> Callable[[Tensor, int], Tensor]:
         """eps(x, t) of prompts, guided where guidance is above 1."""
-        return self._guided(settings, self._rows(prompts, settings),
-                            self._negative(settings, len(prompts), None), control)
+        captions = self._captions()
+        return self._guided(settings, captions.positive(prompts, settings),
+                            captions.negative(settings, len(prompts)), control)
 
     def _guided(self, settings: Settings, positive: list[CaptionRow], negative: list[CaptionRow],
                 control: Control | None) -> Callable[[Tensor, int], Tensor]:

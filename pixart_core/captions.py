@@ -1,0 +1,85 @@
+"""The captions of pictures: prompts through T5, or encoded before and saved in a file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .memory import explained
+from .memory_hints import of_encoding
+from .settings import Settings
+from .text.embeddings import CaptionEntry, CaptionRow, caption_rows, load_embeddings
+
+if TYPE_CHECKING:
+    from .text import T5TextEncoder
+
+logger = logging.getLogger(__name__)
+
+Embeddings = str | Path | Sequence[CaptionEntry]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Where the captions of a model come from: its T5, None where none is loaded, and their width.
+
+    Every caption is a row without padding, in the order of the pictures.
+    """
+
+    encoder: T5TextEncoder | None
+    caption_channels: int
+
+    def positive(self, prompts: Sequence[str], settings: Settings,
+                 embeddings: Embeddings | None = None) -> list[CaptionRow]:
+        """The captions of `embeddings`, or else of the prompts.
+
+        Raises ValueError for embeddings that do not fit, or prompts without a T5.
+        """
+        return self._saved(embeddings) or self._encoded(prompts, settings)
+
+    def negative(self, settings: Settings, count: int,
+                 embeddings: Embeddings | None = None) -> list[CaptionRow]:
+        """The negative caption of each of `count` pictures; [] without guidance.
+
+        Raises ValueError as `positive` does, and for a number of captions that is not `count`.
+        """
+        guided = settings.guidance > 1
+        if (settings.negative_prompt or embeddings is not None) and not guided:
+            logger.warning("guidance is %g, so the negative prompt has no effect; it needs more "
+                           "than 1", settings.guidance)
+        if not guided:
+            return []
+        rows = self._saved(embeddings) or self._encoded([settings.negative_prompt], settings)
+        if len(rows) not in (1, count):
+            raise ValueError(f"there are {len(rows)} negative captions for {count} pictures; use "
+                             "one for all, or one for each")
+        return rows * count if len(rows) == 1 else rows
+
+    def _encoded(self, texts: Sequence[str], settings: Settings) -> list[CaptionRow]:
+        """The caption of every text, each encoded by itself, so that none depends on another."""
+        if self.encoder is None:
+            raise ValueError("this pipeline has no text encoder, which a prompt needs; load T5, or "
+                             "pass embeddings, and negative_embeddings for guidance above 1")
+        from .text import clean_caption
+        from .text.weights import encode_prompt
+
+        clean = clean_caption if settings.clean_caption else None
+        with explained(lambda: of_encoding(self.encoder)):
+            states = {text: encode_prompt(self.encoder, text, settings.max_tokens, clean,
+                                          settings.weights) for text in dict.fromkeys(texts)}
+        return [CaptionRow(states[text]) for text in texts]
+
+    def _saved(self, source: Embeddings | None) -> list[CaptionRow]:
+        """The captions of a file of embeddings, or of its entries; [] for None."""
+        if source is None:
+            return []
+        is_file = isinstance(source, str | Path)
+        name = Path(source).name if is_file else "the embeddings"
+        rows = caption_rows(load_embeddings(source)[0] if is_file else source, name)
+        width, expected = rows[0].states.shape[1], self.caption_channels
+        if width != expected:
+            raise ValueError(f"{name} holds captions {width} wide, the model reads {expected}; "
+                             "encode the prompt with the T5 that belongs to the model")
+        return rows
