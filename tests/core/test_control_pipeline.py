@@ -90,6 +90,24 @@ def test_control_mode_steers_the_conditional_half_alone(pipeline, edges, monkeyp
     assert seen[0][1][0] == pytest.approx(0.825**12)
 
 
+@pytest.mark.parametrize("fields", [{}, {"control_mode": "control"}, {"guidance": 1.0}])
+def test_a_control_image_for_each_prompt(pipeline, edges, fields):
+    """Protects pairing: picture i of a batch follows image i, in both halves of guidance."""
+    images = [edges, edges.transpose(Image.Transpose.ROTATE_90).resize(edges.size)]
+
+    def both(control_image):
+        drawn = pipeline.generate([PROMPT, PROMPT], steps=2, seed=1, control_image=control_image,
+                                  **fields)
+        return [np.asarray(picture, np.int16) for picture in drawn]
+
+    together, first, second = both(images), both(images[0]), both(images[1])
+    assert np.abs(together[0] - first[0]).max() <= 1
+    assert np.abs(together[1] - second[1]).max() <= 1
+    assert np.abs(first[1] - second[1]).max() > 4
+    with pytest.raises(ValueError, match="2 control images for 1 pictures"):
+        pipeline.generate(PROMPT, steps=1, control_image=images)
+
+
 def test_a_control_image_without_a_controlnet_is_refused(pipeline, edges):
     alone = pc.Pipeline(pipeline.transformer, pipeline.encoder, pipeline.vae)
     with pytest.raises(ValueError, match="no ControlNet"):
