@@ -31,11 +31,25 @@ class Captions:
     encoder: T5TextEncoder | None
     caption_channels: int
 
+    def check(self, settings: Settings, embeddings: Embeddings | None = None,
+              negative_embeddings: Embeddings | None = None) -> None:
+        """Raise ValueError where resolved settings ask for a caption that only a T5 could make."""
+        if self.encoder is not None:
+            return
+        if embeddings is None:
+            raise ValueError("there is no text encoder, which a prompt needs; load T5, or pass "
+                             "embeddings in place of the prompt")
+        if settings.guidance > 1 and negative_embeddings is None:
+            raise ValueError(f"guidance {settings.guidance:g} needs a negative caption beside the "
+                             "embeddings, and there is no text encoder to make one; pass negative "
+                             'embeddings too (`pixart encode ""` writes those of the empty '
+                             "prompt), load T5, or set guidance to 1")
+
     def positive(self, prompts: Sequence[str], settings: Settings,
                  embeddings: Embeddings | None = None) -> list[CaptionRow]:
-        """The captions of `embeddings`, or else of the prompts.
+        """The captions of `embeddings`, or else of the prompts, which need the T5 (see `check`).
 
-        Raises ValueError for embeddings that do not fit, or prompts without a T5.
+        Raises ValueError for embeddings that do not fit.
         """
         return self._saved(embeddings) or self._encoded(prompts, settings)
 
@@ -59,9 +73,6 @@ class Captions:
 
     def _encoded(self, texts: Sequence[str], settings: Settings) -> list[CaptionRow]:
         """The caption of every text, each encoded by itself, so that none depends on another."""
-        if self.encoder is None:
-            raise ValueError("this pipeline has no text encoder, which a prompt needs; load T5, or "
-                             "pass embeddings, and negative_embeddings for guidance above 1")
         from .text import clean_caption
         from .text.weights import encode_prompt
 

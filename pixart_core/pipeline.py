@@ -195,9 +195,10 @@ class Pipeline:
         if settings.sampler == "dmd" and image is not None:
             raise ValueError("DMD draws from noise alone and cannot start from an image; leave it "
                              "out, or name another sampler")
+        captions = self._captions()
+        captions.check(settings, embeddings, negative_embeddings)
         prompts = prompts or [settings.prompt]
         timesteps = settings.timesteps()
-        captions = self._captions()
         positive = captions.positive(prompts, settings, embeddings)
         negative = captions.negative(settings, len(positive), negative_embeddings)
         x = self._start(settings, len(positive), timesteps[0], image)

@@ -164,6 +164,7 @@ def generate(
                                      "--controlnet and --control-image")
         sources = dataclasses.replace(sources, loras=choose_loras(lora, recorded))
         sources = with_embeddings(sources, embeddings, negative_embeddings)
+        _check_captions(settings, sources, overrides)
         hashes = file_hashes(sources)
         if like and not ignore_hashes:
             compare_hashes(hashes, recorded.get("files"), like)
@@ -177,6 +178,17 @@ def _settings(recorded: dict[str, Any], given: dict[str, Any]) -> Settings:
         fields.setdefault("weights", False)  # pictures from before prompts had weights
     fields.update((name, value) for name, value in given.items() if value is not None)
     return Settings.from_dict(fields)
+
+
+def _check_captions(settings: Settings, sources: Sources, fields: dict[str, Any]) -> None:
+    """Without a T5, ask for the captions that its model will want before any model is loaded."""
+    if sources.text_encoder or sources.negative_embeddings is not None:
+        return
+    from ..captions import Captions
+    from ..load import read_transformer
+
+    config = read_transformer(sources.transformer, fields).config  # no weight is read
+    Captions(None, config.caption_channels).check(settings.resolve(config), sources.embeddings)
 
 
 def _free_name() -> Path:

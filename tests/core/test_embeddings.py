@@ -1,6 +1,7 @@
 """Encoded prompts in files: kept bit for bit, refused when bad, drawn without T5."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -182,6 +183,37 @@ def test_embeddings_that_do_not_fit_are_refused(run, tmp_path):
         assert word in result.stderr, (arguments, result.stderr)
     assert "safetensors" in run("encode", PROMPT, "-o", "p.txt", code=2).stderr
     assert "does not exist" in run("encode", PROMPT, "-o", "no/p.safetensors", code=1).stderr
+
+
+def test_a_missing_negative_is_told_before_a_model_is_loaded(run, monkeypatch):
+    """Protects from minutes of loading and hashing for nothing; guidance may be the model's own."""
+    from pixart_core import pipeline
+
+    def refuse(*_, **__):
+        raise AssertionError("a model was opened")
+
+    run("encode", PROMPT, "-o", "p.safetensors")
+    monkeypatch.setattr(pipeline, "load_transformer", refuse)
+    monkeypatch.setattr(import_module("pixart_core.commands.generate"), "file_hashes", refuse)
+    named = ("--embeddings", "p.safetensors", "--model", STARTER.transformer, "--vae", STARTER.vae)
+    for own in ((), ("--guidance", 2)):
+        told = " ".join(run("generate", *named, *own, code=1).stderr.split())
+        assert "no text encoder to make one" in told and 'pixart encode ""' in told
+    assert "a model was opened" in run("generate", *named, "--guidance", 1, code=1).stderr
+    student = (*named[:3], STARTER.lcm, *named[4:])
+    assert "a model was opened" in run("generate", *student, code=1).stderr
+
+
+def test_a_pipeline_without_t5_asks_for_what_is_missing(monkeypatch):
+    """Protects the same in Python: told before anything is encoded or drawn."""
+    pipe = pc.Pipeline.from_files(STARTER.transformer, vae=STARTER.vae, text_encoder=False,
+                                  device="cpu")
+    monkeypatch.setattr(type(pipe.transformer), "prepare_caption", None)
+    saved = [CaptionEntry(torch.randn(1, 3, pipe.config.caption_channels))]
+    with pytest.raises(ValueError, match="needs a negative caption"):
+        pipe.generate("", embeddings=saved)
+    with pytest.raises(ValueError, match="which a prompt needs"):
+        pipe.generate("", negative_embeddings=saved)
 
 
 def test_a_file_of_several_captions_draws_as_many_pictures():
