@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .captions import Captions, Embeddings
 from .checkpoint.lora_apply import apply_loras
+from .checkpoint.lora_layer import LoRA
 from .control_image import fit_image
 from .load import load_transformer
 from .load_control import load_controlnet
@@ -64,7 +65,7 @@ class Pipeline:
         device: torch.device | str | None = None,
         tokenizer: str | Path | None = None,
         controlnet: str | Path | None = None,
-        loras: Sequence[tuple[str | Path, float]] = (),
+        loras: Sequence[tuple[LoRA | str | Path, float]] = (),
         text_encoder: bool = True,
         **fields: Any,
     ) -> Pipeline:
@@ -75,10 +76,10 @@ class Pipeline:
         elsewhere unless given; the VAE is always float32, for SDXL's overflows in float16.
         `device` is CUDA where there is one. `tokenizer` (a spiece.model, a tokenizer.json or a
         folder with one) is for T5 files that bring none. `controlnet` is a ControlNet for the
-        transformer, which `generate` gives a control image. `loras` are files or PEFT folders and
-        their strengths, merged into the transformer one after the other. `text_encoder` False
-        loads no T5, for pictures from saved embeddings. `fields` override the model's config
-        (`num_heads=6`, `variant="alpha"`).
+        transformer, which `generate` gives a control image. `loras` are files or PEFT folders, or
+        what `read_lora` made of them, and their strengths, merged into the transformer one after
+        the other. `text_encoder` False loads no T5, for pictures from saved embeddings. `fields`
+        override the model's config (`num_heads=6`, `variant="alpha"`).
 
         Raises CheckpointError (a ValueError) for files that cannot be used, ValueError for
         missing ones, ImportError where diffusers is not installed.

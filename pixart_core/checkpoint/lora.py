@@ -81,7 +81,9 @@ def read_lora(source: str | Path | Mapping[str, Tensor], *, alpha: float | None 
                               f"transformer ({', '.join(unused[:3])}, ...)")
     if _alpha_is_missing(groups, peft, alpha):
         notes.append(f"{name} does not say its alpha, which PEFT keeps in adapter_config.json: "
-                     "every layer counts with scale 1. Put that file beside it, or give alpha")
+                     "every layer counts with scale 1. Put that file beside it, or give alpha "
+                     "(alpha on PixArt LoRA Loader, `pixart convert --lora --alpha A`, `pixart "
+                     "generate --lora FILE:STRENGTH:A`)")
     notes += _about_unused(unused, name)
     return LoRA(tuple(layers), tuple(unused), tuple(notes), name)
 

@@ -57,6 +57,9 @@ def convert(
     lora: Annotated[bool, typer.Option(
         "--lora", help="IN is a LoRA of any layout, OUT a file for ComfyUI's own LoRA nodes.",
     )] = False,
+    alpha: Annotated[float | None, typer.Option(
+        help="With --lora: alpha of a PEFT file that lost its adapter_config.json (8 in PixArt's "
+             "own training scripts); it counts instead of what the file says.")] = None,
     quant: Annotated[str | None, typer.Option(
         help=f"For a .gguf OUT: {', '.join(QUANTS)}. [{DEFAULT_QUANT}]")] = None,
 ) -> None:
@@ -70,6 +73,8 @@ def convert(
             one_of("--to", to, ("native", "diffusers"))
         if lora and (to or ema):
             raise typer.BadParameter("--to and --ema are for models, not for --lora")
+        if alpha is not None and not lora:
+            raise typer.BadParameter("--alpha is for --lora")
         one_of("--dtype", dtype, ("auto", *DTYPES))
         quant = check_quant(target, quant, to)
         folder = target.is_dir() or target.suffix == ""
@@ -83,7 +88,8 @@ def convert(
         if lora and quant:
             raise typer.BadParameter(ONLY_TRANSFORMERS.format(source.name))
         if lora:
-            _say(*write_lora(source, target, cast, base, parse_fields(fields)), target)
+            _say(*write_lora(source, target, cast, base, parse_fields(fields), alpha),
+                 target)
             return
         kind = _kind(source)
         if base is not None and kind not in CONTROLNET_KINDS:

@@ -21,7 +21,7 @@ from ..model.controlnet import CONTROL_MODES
 from ..png import check_png_path, read_settings, write_png
 from ..settings import GRIDS, SAMPLERS, Settings
 from .common import DTYPES, console, errors, one_of, parse_fields, plain_errors
-from .loras import choose_loras
+from .loras import choose_loras, record_of
 from .sources import (
     Sources,
     choose_files,
@@ -70,8 +70,9 @@ def generate(
     strength: Annotated[float | None, _Flag(
         help="How much of --image is redrawn, above 0 and at most 1. [1]")] = None,
     lora: Annotated[list[str] | None, _Flag(
-        metavar="FILE[:STRENGTH]", help="A LoRA for the model: a file or a PEFT folder, and how "
-        "strong it is. May be repeated. [1]")] = None,
+        metavar="FILE[:STRENGTH[:ALPHA]]", help="A LoRA for the model: a file or a PEFT folder, "
+        "and how strong it is. ALPHA is for PEFT files that lost their adapter_config.json. May "
+        "be repeated. [1, and the alpha of the file]")] = None,
     controlnet: Annotated[Path | None, _Flag(
         help="A PixArt ControlNet: a file or a folder. Needs --control-image.")] = None,
     control_image: Annotated[Path | None, _Flag(
@@ -231,7 +232,8 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
         task = progress.add_task("loading", total=None)
         pipeline = Pipeline.from_files(
             transformer=sources.transformer, t5=sources.t5, vae=sources.vae,
-            tokenizer=sources.tokenizer, controlnet=sources.controlnet, loras=sources.loras,
+            tokenizer=sources.tokenizer, controlnet=sources.controlnet,
+            loras=[(lora.read(), lora.strength) for lora in sources.loras],
             text_encoder=sources.text_encoder, dtype=DTYPES[dtype], device=device, **overrides)
         settings = settings.resolve(pipeline.config)
         progress.update(task, description="drawing", total=len(settings.timesteps()))
@@ -240,7 +242,7 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
             callback=lambda step, total, _: progress.update(task, completed=step),
             control_image=sources.open_control_image(), embeddings=sources.embeddings,
             negative_embeddings=sources.negative_embeddings)[0]
-    record = {**settings.as_dict(), "loras": [strength for _, strength in sources.loras],
+    record = {**settings.as_dict(), **record_of(sources.loras),
               "fields": overrides, "dtype": dtype, "device": device.type,
               "files": hashes, "versions": _versions()}
     write_png(target, picture, record)

@@ -1,33 +1,56 @@
-"""`--lora FILE[:STRENGTH]`: which LoRAs, how strong, and what a picture remembers of them."""
+"""`--lora FILE[:STRENGTH[:ALPHA]]`: which LoRAs, how strong, and what a picture remembers."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
+from ..checkpoint.lora import read_lora
+from ..checkpoint.lora_layer import LoRA
 from ..checkpoint.lora_peft import find_config
 
 
-def choose_loras(options: list[str] | None,
-                 recorded: dict[str, Any]) -> tuple[tuple[Path, float], ...]:
-    """Files and strengths; where none is said, the one of the same place in `recorded`, else 1.
+class ChosenLoRA(NamedTuple):
+    """A LoRA file or folder; `alpha` None is what it says itself."""
 
-    Raises BadParameter for a strength that is no number, ValueError for missing files.
+    path: Path
+    strength: float
+    alpha: float | None = None
+
+    def read(self) -> LoRA:
+        """Its changes; raises CheckpointError as `read_lora` does."""
+        return read_lora(self.path, alpha=self.alpha)
+
+
+def choose_loras(options: list[str] | None, recorded: dict[str, Any]) -> tuple[ChosenLoRA, ...]:
+    """The LoRAs named; strength and alpha that are not said are those of the same place in
+    `recorded`, else 1 and the file's own.
+
+    Raises BadParameter for a strength or alpha that is no number, ValueError for missing files.
     """
-    before = recorded.get("loras", [])
+    before = [ChosenLoRA(Path(), *numbers) for numbers in zip(
+        recorded.get("loras", []), recorded.get("lora_alphas", itertools.repeat(None)),
+        strict=False)]
     found = []
     for index, option in enumerate(options or []):
-        path, strength = _split(option)
+        path, numbers = _split(option)
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        if strength is None:
-            strength = before[index] if index < len(before) else 1.0
-        found.append((path, strength))
+        then = before[index] if index < len(before) else ChosenLoRA(Path(), 1.0)
+        found.append(ChosenLoRA(path, *numbers, *then[1 + len(numbers):]))
     return tuple(found)
+
+
+def record_of(loras: Sequence[ChosenLoRA]) -> dict[str, list[float | None]]:
+    """What a picture keeps of them, for `choose_loras`."""
+    alphas = [lora.alpha for lora in loras]
+    return {"loras": [lora.strength for lora in loras],
+            **({"lora_alphas": alphas} if any(a is not None for a in alphas) else {})}
 
 
 def lora_files(paths: Sequence[Path]) -> dict[str, Path]:
@@ -42,15 +65,19 @@ def lora_files(paths: Sequence[Path]) -> dict[str, Path]:
     return parts
 
 
-def _split(option: str) -> tuple[Path, float | None]:
-    """A path may have a colon itself (C:/...): only a number behind the last one is a strength."""
-    path, colon, text = option.rpartition(":")
-    if not colon or Path(option).exists():
-        return Path(option), None
-    try:
-        strength = float(text)
-    except ValueError:
-        return Path(option), None
-    if not math.isfinite(strength):
-        raise typer.BadParameter(f"--lora takes FILE:STRENGTH with a finite number, got {option!r}")
-    return Path(path), strength
+def _split(option: str) -> tuple[Path, list[float]]:
+    """A path may have a colon itself (C:/...): only numbers behind the last ones count."""
+    path, numbers = option, []
+    while len(numbers) < 2 and not Path(path).exists():
+        rest, colon, text = path.rpartition(":")
+        try:
+            number = float(text)
+        except ValueError:
+            break
+        if not colon:
+            break
+        if not math.isfinite(number):
+            raise typer.BadParameter("--lora takes FILE:STRENGTH or FILE:STRENGTH:ALPHA with "
+                                     f"finite numbers, got {option!r}")
+        path, numbers = rest, [number, *numbers]
+    return Path(path), numbers

@@ -11,7 +11,7 @@ import typer
 
 from ..checkpoint import sha256_file
 from ..starter import find_starter
-from .loras import lora_files
+from .loras import ChosenLoRA, lora_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +32,7 @@ class Sources:
     controlnet: Path | None = None
     control_image: Path | None = None
     hed: Path | None = None
-    loras: tuple[tuple[Path, float], ...] = ()
+    loras: tuple[ChosenLoRA, ...] = ()
     embeddings: Path | None = None
     negative_embeddings: Path | None = None
 
@@ -154,7 +154,7 @@ def file_hashes(sources: Sources) -> dict[str, dict[str, str]]:
              "controlnet": sources.controlnet, "control_image": sources.control_image,
              "hed": sources.hed, "embeddings": sources.embeddings,
              "negative_embeddings": sources.negative_embeddings,
-             **lora_files([path for path, _ in sources.loras])}
+             **lora_files([lora.path for lora in sources.loras])}
     return {part: {"name": path.name, "sha256": sha256_file(path)}
             for part, path in paths.items() if path is not None}
 

@@ -1,6 +1,7 @@
 """LoRAs in the pipeline, in `pixart generate --lora` and in `pixart convert --lora`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -79,9 +80,37 @@ def test_the_config_beside_a_file_is_remembered(style, tmp_path):
     assert "lora_1_config" in text and "adapter_config.json" in text
 
 
+@pytest.fixture
+def bare(style, tmp_path):
+    """The LoRA's file without its config: nothing says alpha any more."""
+    (tmp_path / "bare").mkdir()
+    return shutil.copy(style / "adapter_model.safetensors", tmp_path / "bare" / "style.safetensors")
+
+
+def test_a_lost_alpha_can_be_given(style, bare, tmp_path):
+    """FILE:STRENGTH:ALPHA draws what the whole folder draws; the note names the ways to give it."""
+    expected = draw(tmp_path / "a.png", "--lora", f"{style}:0.5")
+    given = draw(tmp_path / "b.png", "--lora", f"{bare}:0.5:8")
+    assert (given == expected).all()
+    assert (draw(tmp_path / "c.png", "--like", tmp_path / "b.png", "--lora", bare) == given).all()
+    text = run("generate", PROMPT, "-o", tmp_path / "d.png", "--steps", 2, "--lora", f"{bare}:0.5")
+    assert "FILE:STRENGTH:A" in text.replace("\n", "") and "--alpha" in text
+
+
+def test_convert_writes_a_given_alpha(bare, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    assert "--alpha" in run("convert", "--lora", bare, file)
+    assert "does not say" not in run("convert", "--lora", bare, file, "--alpha", 8)
+    name = "transformer.transformer_blocks.0.attn1.to_q"
+    assert load_file(file)[f"{name}.alpha"] == 8
+    assert "--alpha" in run("convert", "--lora", bare, file, "--alpha", 0, code=2)
+    assert "--lora" in run("convert", STARTER.transformer, file, "--alpha", 8, code=2)
+
+
 @pytest.mark.parametrize(("option", "words"), [
     ("missing.safetensors", "missing.safetensors does not exist"),
     ("missing.safetensors:0.5", "missing.safetensors does not exist"),
+    ("missing.safetensors:0.5:8", "missing.safetensors does not exist"),
     (str(STARTER.transformer), "is no LoRA"),
 ])
 def test_wrong_lora_options(tmp_path, option, words):
@@ -89,7 +118,8 @@ def test_wrong_lora_options(tmp_path, option, words):
 
 
 def test_a_strength_must_be_finite(style, tmp_path):
-    assert "finite" in draw(tmp_path / "a.png", "--lora", f"{style}:nan", code=2)
+    for numbers in ("nan", "1:inf"):
+        assert "finite" in draw(tmp_path / "a.png", "--lora", f"{style}:{numbers}", code=2)
 
 
 def test_convert_writes_alpha(style, tmp_path):
