@@ -103,3 +103,14 @@ def tiny_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shift = part == "decoder" and name.startswith("taesd_")
         result[f"{part}.layers.{int(number) - shift}.{rest}"] = tensor
     return result
+
+
+def taesd_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: diffusers' AutoencoderTiny weights under `taesd_encoder` / `taesd_decoder`."""
+    result = {}
+    for name, tensor in state_dict.items():
+        match = _TINY.match(name)
+        if match is not None:
+            part, number, rest = match.groups()
+            result[f"taesd_{part}.{int(number) + (part == 'decoder')}.{rest}"] = tensor
+    return result

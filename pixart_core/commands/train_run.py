@@ -16,6 +16,8 @@ _ABOUT = {
     "lcm-lora": "Distil a model into a LoRA that makes it draw in 2 to 4 steps.",
     "controlnet": "Train a ControlNet-Transformer for a model (PixArt-delta).",
     "lora": "Teach a model a subject or style from a few pictures.",
+    "vae": "Train a VAE of TAESD's architecture on a folder of images.",
+    "text": "Train a small T5 encoder for captions of scenes: for the starter family.",
 }
 _ARGUMENTS = typer.Argument(metavar="[SETTINGS.yaml] [NAME=VALUE]...", show_default=False,
                             help="A file of settings, then single ones; --show lists them all.")

@@ -86,6 +86,20 @@ def read_folder(folder: str | Path, problems: Problems, with_control: bool = Fal
     return rows
 
 
+def find_images(folder: str | Path) -> list[str]:
+    """Paths of every image below `folder`, relative to it and sorted, captioned or not.
+
+    Raises ValueError for a folder that is not there or holds no images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of images")
+    images = sorted(_walk(folder)[0])
+    if not images:
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return images
+
+
 def _walk(folder: Path) -> tuple[list[str], set[str], list[str]]:
     """Images, texts and tables below a folder; hidden ones are left aside."""
     images: list[str] = []

@@ -12,6 +12,8 @@ from .controlnet import ControlNet, ControlNetSettings
 from .lcm import LCM, LCMSettings
 from .lcm_lora import LCMLoRA, LCMLoRASettings
 from .lora import LoRA, LoRASettings
+from .text import Text, TextSettings
+from .vae import VAE, VAESettings
 
 __all__ = ["RECIPES", "make_recipe", "recipe_defaults", "recipe_settings"]
 
@@ -21,6 +23,8 @@ RECIPES: dict[str, tuple[type[Recipe], type[RunSettings]]] = {
     "lcm-lora": (LCMLoRA, LCMLoRASettings),
     "controlnet": (ControlNet, ControlNetSettings),
     "lora": (LoRA, LoRASettings),
+    "vae": (VAE, VAESettings),
+    "text": (Text, TextSettings),
 }
 
 _FILES = Path(__file__).resolve().parent.parent / "configs"

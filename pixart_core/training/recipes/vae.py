@@ -1,0 +1,104 @@
+"""Train a small autoencoder of TAESD's architecture on plain pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint.read import read_checkpoint
+from ...checkpoint.write import write_checkpoint
+from ...config import LATENT_SCALE, Variant
+from ...extras import require
+from ...vae_layout import taesd_state_dict, tiny_state_dict
+from ..draws import Draws
+from ..ema import averaged_copy, update_average, warmed_decay
+from ..pictures import Pictures, PictureSamples
+from ..recipe import Losses, Recipe, Samples
+from ..settings import RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAESettings(RunSettings):
+    """Attributes beside those of every run:
+
+    data: folder of images; captions are not needed.
+    crop: side of the squares that are cut out of them, in pixels.
+    variant: the models it is for, alpha or sigma; says the scale that hosts apply to its latents.
+    vae: a TAESD to train further, in place of random weights.
+    moments: weight of the penalty that keeps latents at mean 0 and deviation 1.
+    ema_decay: of the average of the weights that the run hands out; null for none.
+    """
+
+    data: Path
+    crop: int = 128
+    variant: Variant = "alpha"
+    vae: Path | None = None
+    moments: float = 0.01
+    ema_decay: float | None = 0.999
+
+
+class Autoencoder(nn.Module):
+    """diffusers' AutoencoderTiny from pictures to pictures, as one `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        diffusers = require("diffusers", "training a VAE", extra="train")
+        self.network = diffusers.AutoencoderTiny()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) in 0..1 -> pictures of the same range, and latents."""
+        latents = self.network.encode(images * 2 - 1).latents
+        return self.network.decode(latents).sample / 2 + 0.5, latents
+
+
+class VAE(Recipe):
+    """Mean absolute error of the pictures; latents held at unit deviation without a scale."""
+
+    name = "vae"
+    settings: VAESettings
+
+    def __init__(self, settings: VAESettings, samples: Samples | None = None) -> None:
+        self.settings = settings
+        self.samples = samples or PictureSamples(settings.data, settings.crop, settings.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.trained = Autoencoder()
+        if settings.vae is not None:
+            tensors = tiny_state_dict(read_checkpoint(settings.vae).state_dict)
+            self.trained.network.load_state_dict({n: t.float() for n, t in tensors.items()})
+        self.average = averaged_copy(self.trained) if settings.ema_decay is not None else None
+
+    def loss(self, trained: nn.Module, batch: Pictures, draws: Draws) -> Losses:
+        images, latents = trained(batch.images)
+        error = (images - batch.images).abs().mean()
+        channels = latents.float().transpose(0, 1).flatten(1)  # (4, everything else)
+        moments = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
+        return Losses(error + self.settings.moments * moments,
+                      {"error": error, "moments": moments})
+
+    def after_step(self, step: int) -> None:
+        if self.average is not None:
+            decay = warmed_decay(self.settings.ema_decay, step)
+            update_average(self.average, self.trained, decay)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"trained": self.trained} | ({"average": self.average} if self.average else {})
+
+    def export(self, folder: Path) -> list[Path]:
+        """One file in ComfyUI's names, with the scale that makes its VAE latents ours."""
+        path = folder / "vae.safetensors"
+        network = (self.average or self.trained).network
+        tensors = taesd_state_dict(network.state_dict())
+        tensors["vae_scale"] = torch.tensor(LATENT_SCALE[self.settings.variant])
+        tensors["vae_shift"] = torch.tensor(0.0)
+        write_checkpoint(path, tensors, {})
+        return [path]
+
+    def sample(self, step: int) -> Tensor:
+        """Crops and, below them, what comes back."""
+        batch = self.samples.batch(0, 4).to(next(self.trained.parameters()).device)
+        images, _ = (self.average or self.trained)(batch.images)
+        return torch.cat([batch.images, images.clamp(0, 1)])
