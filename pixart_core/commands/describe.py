@@ -17,8 +17,11 @@ from ..checkpoint.convert import layout_of, strip_prefix
 from ..checkpoint.identify import KINDS, UNKNOWN
 from ..checkpoint.shapes import facts_from_shapes
 from ..config import METADATA_KEY, PRESETS, PixArtConfig, fields_from_metadata
+from ..text.embeddings import EMBEDDINGS_KEY, load_embeddings
 
 _LIMIT = 300
+_T5_WIDTHS = {512: ", of T5 small", 768: ", of T5 base", 1024: ", of T5 large", 2048: ", of T5 XL",
+              4096: ", of T5 XXL"}
 
 
 class Row(NamedTuple):
@@ -33,6 +36,10 @@ def describe(path: Path, fields: dict[str, Any]) -> list[Row]:
     Raises CheckpointError for files that cannot be read, ValueError for fields that do not fit.
     """
     checkpoint = read_checkpoint(path, keep_packed=True)
+    if EMBEDDINGS_KEY in checkpoint.metadata:
+        if fields:
+            raise ValueError(f"--set is for PixArt transformers; {path.name} holds encoded prompts")
+        return _embeddings(checkpoint)
     kind = identify(checkpoint.state_dict)
     known = next((k for k in KINDS if k.name == kind), UNKNOWN)
     rows = [Row("kind", known.description, "tensor names"), *_sizes(checkpoint)]
@@ -43,9 +50,32 @@ def describe(path: Path, fields: dict[str, Any]) -> list[Row]:
         raise ValueError(f"--set is for PixArt transformers; {path.name} is {known.description}")
     elif detail is not None:
         rows += detail(checkpoint)
-    rows += [Row(f"metadata {name}", _shorten(value), "file header")
-             for name, value in sorted(checkpoint.metadata.items()) if name != METADATA_KEY]
-    return [*rows, Row("use", known.advice)]
+    return [*rows, *_metadata(checkpoint, METADATA_KEY), Row("use", known.advice)]
+
+
+def _metadata(checkpoint: Checkpoint, known: str) -> list[Row]:
+    return [Row(f"metadata {name}", _shorten(value), "file header")
+            for name, value in sorted(checkpoint.metadata.items()) if name != known]
+
+
+def _embeddings(checkpoint: Checkpoint) -> list[Row]:
+    """Prompts that T5 has encoded: what they say, how many tokens, and which T5 it was."""
+    entries, info = load_embeddings(checkpoint.path)
+    rows = [Row("kind", "prompts encoded by T5", f"metadata {EMBEDDINGS_KEY}"),
+            *_sizes(checkpoint)]
+    rows += [Row(name, _shorten(_value(value)), "as it was saved") for name, value in info.items()]
+    for number, entry in enumerate(entries, start=1):
+        which = f" of conditioning {number}" if len(entries) > 1 else ""
+        count, length, width = entry.caption.shape
+        tokens = [length] * count if entry.mask is None else entry.mask.bool().sum(1).tolist()
+        rows += [Row(f"tokens{which}", ", ".join(map(str, tokens)), "shapes and mask"),
+                 Row(f"width{which}", f"{width}{_T5_WIDTHS.get(width, '')}", "shapes")]
+        rows += [Row(f"{name}{which}", _value(value), "as it was saved")
+                 for name, value in entry.options.items() if value is not None]
+        rows += [Row(f"{name}{which}", f"a tensor of shape {tuple(tensor.shape)}", "shapes")
+                 for name, tensor in entry.tensors.items()]
+    return [*rows, *_metadata(checkpoint, EMBEDDINGS_KEY),
+            Row("use", "draw with it: `pixart generate --embeddings`, or PixArt Load Embeddings")]
 
 
 def _sizes(checkpoint: Checkpoint) -> list[Row]:

@@ -14,11 +14,15 @@ from .describe import describe
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A weight file, or a diffusers or T5 folder.")],
+    file: Annotated[Path, typer.Argument(
+        help="A weight file, a diffusers or T5 folder, or a file of encoded prompts.")],
     fields: Annotated[list[str] | None, typer.Option(
         "--set", help="A config field that the file does not tell, such as num_heads=6.")] = None,
 ) -> None:
-    """Say what a weight file holds: kind, sizes, precision, and how each was decided."""
+    """Say what a weight file holds: kind, sizes, precision, and how each was decided.
+
+    Of a file of `pixart encode` or PixArt Save Embeddings: prompt, tokens, width and T5.
+    """
     with plain_errors():
         rows = describe(file, parse_fields(fields))
         table = Table(title=file.name, title_justify="left", show_lines=False, box=None)

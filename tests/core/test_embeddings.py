@@ -237,6 +237,25 @@ def test_a_file_of_several_captions_draws_as_many_pictures():
         pipe.generate("a star", embeddings=[CaptionEntry(states[:1], mask[:1])])
 
 
+def test_inspect_tells_prompt_tokens_width_and_t5(run):
+    """Protects from guessing which prompt and which T5 a file is from."""
+    run("encode", PROMPT, "-o", "p.safetensors")
+    shown = run("inspect", "p.safetensors").stdout
+    for words in ("prompts encoded by T5", PROMPT, STARTER.t5_file.name, "--embeddings"):
+        assert words in shown, (words, shown)
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.split()}
+    entries, _ = load_embeddings("p.safetensors")
+    assert rows["tokens"][0] == str(entries[0].caption.shape[1])
+    assert rows["width"][0] == str(entries[0].caption.shape[2])
+    wide = CaptionEntry(torch.randn(1, 3, 4096), None, {"width": 640}, {"area": torch.ones(2)})
+    save_embeddings("all.safetensors", [entry(), wide], {}, {"workflow": "{}"})
+    shown = " ".join(run("inspect", "all.safetensors").stdout.split())
+    for words in ("tokens of conditioning 1 5, 3", "4096, of T5 XXL", "640", "shape (2,)",
+                  "metadata workflow"):
+        assert words in shown, (words, shown)
+    assert "encoded prompts" in run("inspect", "p.safetensors", "--set", "depth=2", code=1).stderr
+
+
 def test_older_pictures_are_drawn_without_weights(run):
     """Protects --like: without a word on weights, brackets are text."""
     from PIL import Image
