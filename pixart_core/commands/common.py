@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.text import Text
 
 from .. import __version__
@@ -63,6 +64,11 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
         except ValueError:
             fields[name] = value
     return fields
+
+
+def flag(*names: str, help: str, **settings: Any) -> Any:
+    """typer.Option whose help is shown as it is written: [words in brackets] are not markup."""
+    return typer.Option(*names, help=escape(help), **settings)
 
 
 def one_of(option: str, value: str, choices: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ from ..config import METADATA_KEY, PixArtConfig
 from ..export import write_diffusers_folder
 from ..load import open_transformer
 from ..load_control import CONTROLNET_KINDS
-from .common import DTYPES, console, one_of, parse_fields, plain_errors
+from .common import DTYPES, console, flag, one_of, parse_fields, plain_errors
 from .convert_control import write_control, write_hed
 from .convert_gguf import (
     DEFAULT_QUANT,
@@ -42,25 +42,25 @@ def convert(
         metavar="IN", help="A .pth, .safetensors or .gguf file, or a diffusers folder.")],
     target: Annotated[Path, typer.Argument(
         metavar="OUT", help="A .safetensors or .gguf file, or a folder for diffusers.")],
-    to: Annotated[str | None, typer.Option(
+    to: Annotated[str | None, flag(
         help="Tensor names: native or diffusers. [native for a file, diffusers for a folder]",
     )] = None,
-    dtype: Annotated[str, typer.Option(
+    dtype: Annotated[str, flag(
         help="auto (as it is), float32, bfloat16 or float16.")] = "auto",
-    ema: Annotated[bool, typer.Option(
+    ema: Annotated[bool, flag(
         "--ema", help="Take the averaged weights of a training file.")] = False,
-    fields: Annotated[list[str] | None, typer.Option(
+    fields: Annotated[list[str] | None, flag(
         "--set", help="A config field that the file does not tell, such as num_heads=6.")] = None,
-    base: Annotated[Path | None, typer.Option(
+    base: Annotated[Path | None, flag(
         help="For an original ControlNet: a transformer to compare the base in it with. For a "
              "LoRA with DoRA: the transformer that it will be used with.")] = None,
-    lora: Annotated[bool, typer.Option(
+    lora: Annotated[bool, flag(
         "--lora", help="IN is a LoRA of any layout, OUT a file for ComfyUI's own LoRA nodes.",
     )] = False,
-    alpha: Annotated[float | None, typer.Option(
+    alpha: Annotated[float | None, flag(
         help="With --lora: alpha of a PEFT file that lost its adapter_config.json (8 in PixArt's "
              "own training scripts); it counts instead of what the file says.")] = None,
-    quant: Annotated[str | None, typer.Option(
+    quant: Annotated[str | None, flag(
         help=f"For a .gguf OUT: {', '.join(QUANTS)}. [{DEFAULT_QUANT}]")] = None,
 ) -> None:
     """Convert a PixArt transformer, ControlNet, HED network or, with --lora, LoRA.

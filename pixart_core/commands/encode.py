@@ -9,32 +9,31 @@ import torch
 import typer
 
 from ..starter import find_starter
-from .common import DTYPES, console, one_of, plain_errors
+from .common import DTYPES, console, flag, one_of, plain_errors
 
-_Flag = typer.Option
 _MAX_TOKENS = 300
 
 
 def encode(
     prompt: Annotated[str, typer.Argument(
         help='What to draw, or "" for the negative caption of guidance.')],
-    out: Annotated[Path, _Flag("-o", "--out", help="The .safetensors file to write.")],
-    t5: Annotated[Path | None, _Flag(
+    out: Annotated[Path, flag("-o", "--out", help="The .safetensors file to write.")],
+    t5: Annotated[Path | None, flag(
         "--t5", help="T5 text encoder: a file or a folder. By default the small starter T5 that "
                      "comes with this program.")] = None,
-    tokenizer: Annotated[Path | None, _Flag(
+    tokenizer: Annotated[Path | None, flag(
         help="T5's spiece.model or tokenizer.json, for T5 files that bring none.")] = None,
-    model: Annotated[Path | None, _Flag(
+    model: Annotated[Path | None, flag(
         help="The transformer the prompt is for: its token limit is read.")] = None,
-    max_tokens: Annotated[int | None, _Flag(
+    max_tokens: Annotated[int | None, flag(
         help="Caption tokens to read. [those of --model or of the starter model, else 300; alpha "
              "and delta read 120]")] = None,
-    clean: Annotated[bool, _Flag(
+    clean: Annotated[bool, flag(
         "--clean/--no-clean", help="Clean the prompt as the training captions were.")] = True,
-    weights: Annotated[bool, _Flag(
+    weights: Annotated[bool, flag(
         "--weights/--no-weights", help="Obey (word:1.2) in the prompt.")] = True,
-    device: Annotated[str, _Flag(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, _Flag(
+    device: Annotated[str, flag(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, flag(
         help="auto, float32, bfloat16 or float16. [auto: float32 on the CPU]")] = "auto",
 ) -> None:
     """Encode a prompt into a file for `pixart generate --embeddings` and ComfyUI."""

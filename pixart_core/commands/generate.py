@@ -20,7 +20,7 @@ from .. import __version__
 from ..model.controlnet import CONTROL_MODES
 from ..png import check_png_path, read_settings, write_png
 from ..settings import GRIDS, SAMPLERS, Settings
-from .common import DTYPES, console, errors, one_of, parse_fields, plain_errors
+from .common import DTYPES, console, errors, flag, one_of, parse_fields, plain_errors
 from .loras import choose_loras, record_of
 from .sources import (
     Sources,
@@ -32,84 +32,83 @@ from .sources import (
     with_embeddings,
 )
 
-_Flag = typer.Option
 _RECORDED = tuple(f.name for f in dataclasses.fields(Settings))
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(
         help="What to draw. May be left out with --like.")] = None,
-    out: Annotated[Path | None, _Flag(
+    out: Annotated[Path | None, flag(
         "-o", "--out", help="The PNG to write. By default the first free pixart_0001.png.")] = None,
-    model: Annotated[Path | None, _Flag(
+    model: Annotated[Path | None, flag(
         help="Transformer: .safetensors, .pth, or a diffusers folder. By default the small "
              "starter model that comes with this program.")] = None,
-    t5: Annotated[Path | None, _Flag("--t5", help="T5 text encoder: a file or a folder.")] = None,
-    tokenizer: Annotated[Path | None, _Flag(
+    t5: Annotated[Path | None, flag("--t5", help="T5 text encoder: a file or a folder.")] = None,
+    tokenizer: Annotated[Path | None, flag(
         help="T5's spiece.model or tokenizer.json, for T5 files that bring none.")] = None,
-    vae: Annotated[Path | None, _Flag(help="VAE: a file or a folder.")] = None,
-    lcm: Annotated[bool, _Flag(
+    vae: Annotated[Path | None, flag(help="VAE: a file or a folder.")] = None,
+    lcm: Annotated[bool, flag(
         "--lcm", help="Draw with the starter's few-step student.")] = False,
-    steps: Annotated[int | None, _Flag(
+    steps: Annotated[int | None, flag(
         help="Sampling steps. [20; 25 with SA-Solver, 4 with LCM, 1 with DMD]")] = None,
-    guidance: Annotated[float | None, _Flag(
+    guidance: Annotated[float | None, flag(
         help="How closely to follow the prompt; 1 is none. [4.5; 3 with SA-Solver, 1 with LCM and "
              "DMD]")] = None,
-    seed: Annotated[int | None, _Flag(help="Another seed, another picture. [0]")] = None,
-    width: Annotated[int | None, _Flag(
+    seed: Annotated[int | None, flag(help="Another seed, another picture. [0]")] = None,
+    width: Annotated[int | None, flag(
         help="Pixels, a multiple of 8. [the model's training size]")] = None,
-    height: Annotated[int | None, _Flag(
+    height: Annotated[int | None, flag(
         help="Pixels, a multiple of 8. [the model's training size]")] = None,
-    sampler: Annotated[str | None, _Flag(
+    sampler: Annotated[str | None, flag(
         help="auto, dpm (DPM-Solver++ 2M), sa-solver, lcm or dmd (one step). [auto: what the "
              "model was made for]")] = None,
-    grid: Annotated[str | None, _Flag(
+    grid: Annotated[str | None, flag(
         help="Timesteps of LCM: diffusers or official. [diffusers]")] = None,
-    negative: Annotated[str | None, _Flag(help="What to keep away from. [nothing]")] = None,
-    image: Annotated[Path | None, _Flag(help="A picture to start from.")] = None,
-    strength: Annotated[float | None, _Flag(
+    negative: Annotated[str | None, flag(help="What to keep away from. [nothing]")] = None,
+    image: Annotated[Path | None, flag(help="A picture to start from.")] = None,
+    strength: Annotated[float | None, flag(
         help="How much of --image is redrawn, above 0 and at most 1. [1]")] = None,
-    lora: Annotated[list[str] | None, _Flag(
+    lora: Annotated[list[str] | None, flag(
         metavar="FILE[:STRENGTH[:ALPHA]]", help="A LoRA for the model: a file or a PEFT folder, "
         "and how strong it is. ALPHA is for PEFT files that lost their adapter_config.json. May "
         "be repeated. [1, and the alpha of the file]")] = None,
-    controlnet: Annotated[Path | None, _Flag(
+    controlnet: Annotated[Path | None, flag(
         help="A PixArt ControlNet: a file or a folder. Needs --control-image.")] = None,
-    control_image: Annotated[Path | None, _Flag(
+    control_image: Annotated[Path | None, flag(
         help="What steers the picture: for the released ControlNets white edges on black.")] = None,
-    hed: Annotated[Path | None, _Flag(
+    hed: Annotated[Path | None, flag(
         help="ControlNetHED.pth: --control-image is a photo, its edges are found first.")] = None,
-    control_strength: Annotated[float | None, _Flag(
+    control_strength: Annotated[float | None, flag(
         help="Multiplies what the ControlNet adds. [1]")] = None,
-    control_mode: Annotated[str | None, _Flag(
+    control_mode: Annotated[str | None, flag(
         help="balanced, prompt or control (which of them matters more). [balanced]")] = None,
-    control_start: Annotated[float | None, _Flag(
+    control_start: Annotated[float | None, flag(
         help="The part of the schedule, 0 to 1, where control begins. [0]")] = None,
-    control_end: Annotated[float | None, _Flag(
+    control_end: Annotated[float | None, flag(
         help="The part of the schedule where control ends. [1]")] = None,
-    control_cond_only: Annotated[bool | None, _Flag(
+    control_cond_only: Annotated[bool | None, flag(
         "--control-cond-only", help="Steer the positive half of guidance only.",
         show_default=False)] = None,
-    max_tokens: Annotated[int | None, _Flag(
+    max_tokens: Annotated[int | None, flag(
         help="Caption tokens to read. [the model's own limit]")] = None,
-    clean: Annotated[bool | None, _Flag(
+    clean: Annotated[bool | None, flag(
         "--clean/--no-clean", help="Clean the prompt as the training captions were. [clean]",
         show_default=False)] = None,
-    weights: Annotated[bool | None, _Flag(
+    weights: Annotated[bool | None, flag(
         "--weights/--no-weights", help="Obey (word:1.2) in prompts. [weights]",
         show_default=False)] = None,
-    embeddings: Annotated[Path | None, _Flag(
+    embeddings: Annotated[Path | None, flag(
         help="In place of a prompt: a file of `pixart encode` or PixArt Save Embeddings.")] = None,
-    negative_embeddings: Annotated[Path | None, _Flag(
+    negative_embeddings: Annotated[Path | None, flag(
         help="The same in place of --negative. With both files no T5 is needed.")] = None,
-    device: Annotated[str, _Flag(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str | None, _Flag(
+    device: Annotated[str, flag(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str | None, flag(
         help="auto, float32, bfloat16 or float16. [auto: float32 on the CPU]")] = None,
-    like: Annotated[Path | None, _Flag(
+    like: Annotated[Path | None, flag(
         help="Draw a picture of this program again; other options change what they name.")] = None,
-    ignore_hashes: Annotated[bool, _Flag(
+    ignore_hashes: Annotated[bool, flag(
         "--ignore-hashes", help="With --like: accept other files than the picture's.")] = False,
-    fields: Annotated[list[str] | None, _Flag(
+    fields: Annotated[list[str] | None, flag(
         "--set", help="A config field of the model, such as num_heads=6. May be repeated.")] = None,
 ) -> None:
     """Draw a picture from a prompt.

@@ -18,12 +18,11 @@ from rich.table import Table
 
 from ..checkpoint import sha256_file
 from ..config import VARIANTS
-from .common import DTYPES, console, errors, one_of, plain_errors
+from .common import DTYPES, console, errors, flag, one_of, plain_errors
 
 if TYPE_CHECKING:
     from ..training.data import CacheReport
 
-_Flag = typer.Option
 _CONTROLS = ("none", "hed", "folder")
 _SHOWN = 20
 
@@ -33,45 +32,45 @@ def cache(
         help="Folder of images. Captions are the lines of NAME.txt beside an image, or of "
              "captions.jsonl, metadata.jsonl or parquet tables.")],
     out: Annotated[Path, typer.Argument(help="Folder of the cache; one that is there goes on.")],
-    t5: Annotated[Path, _Flag("--t5", help="T5 text encoder: a file or a folder.")],
-    vae: Annotated[Path, _Flag(help="The model's VAE: SD's for alpha, SDXL's for Sigma.")],
-    model: Annotated[Path | None, _Flag(
+    t5: Annotated[Path, flag("--t5", help="T5 text encoder: a file or a folder.")],
+    vae: Annotated[Path, flag(help="The model's VAE: SD's for alpha, SDXL's for Sigma.")],
+    model: Annotated[Path | None, flag(
         help="The transformer to train: variant, image size and token limit are read.")] = None,
-    variant: Annotated[str | None, _Flag(help="alpha or sigma, without --model.")] = None,
-    image_size: Annotated[int | None, _Flag(
+    variant: Annotated[str | None, flag(help="alpha or sigma, without --model.")] = None,
+    image_size: Annotated[int | None, flag(
         help="Pixels of a square picture; other shapes have about as many. [that of --model]")
     ] = None,
-    max_tokens: Annotated[int | None, _Flag(
+    max_tokens: Annotated[int | None, flag(
         help="Caption tokens. [those of --model, else 120 for alpha and 300 for Sigma]")] = None,
-    tokenizer: Annotated[Path | None, _Flag(
+    tokenizer: Annotated[Path | None, flag(
         help="T5's spiece.model or tokenizer.json, for T5 files that bring none.")] = None,
-    clean: Annotated[bool, _Flag(
+    clean: Annotated[bool, flag(
         "--clean/--no-clean", help="Clean captions as the released models' were.")] = True,
-    control: Annotated[str, _Flag(
+    control: Annotated[str, flag(
         help="none, hed (edges that --hed finds) or folder (control/NAME, or the column "
              "control).")] = "none",
-    hed: Annotated[Path | None, _Flag(help="HED edge detector for --control hed.")] = None,
-    multiple: Annotated[int | None, _Flag(
+    hed: Annotated[Path | None, flag(help="HED edge detector for --control hed.")] = None,
+    multiple: Annotated[int | None, flag(
         help="Sides are multiples of this many pixels. [the published shapes where there are "
              "some, else 32, or 16 below 256 px]")] = None,
-    max_ratio: Annotated[float, _Flag(
+    max_ratio: Annotated[float, flag(
         help="Longest side by shortest side of a shape, 1 to 4.")] = 4.0,
-    max_upscale: Annotated[float | None, _Flag(
+    max_upscale: Annotated[float | None, flag(
         help="Leave out pictures that would grow by more than this factor. [none]")] = None,
-    dtype: Annotated[str, _Flag(
+    dtype: Annotated[str, flag(
         help="What is stored: float16, bfloat16 or float32.")] = "float16",
-    t5_dtype: Annotated[str, _Flag(
+    t5_dtype: Annotated[str, flag(
         help="What T5 computes in: auto, float32, bfloat16 or float16. [auto: float32 on the "
              "CPU, else bfloat16]")] = "auto",
-    device: Annotated[str, _Flag(help="auto, cpu or cuda.")] = "auto",
-    low_memory: Annotated[bool | None, _Flag(
+    device: Annotated[str, flag(help="auto, cpu or cuda.")] = "auto",
+    low_memory: Annotated[bool | None, flag(
         "--low-memory/--no-low-memory",
         help="T5 and VAE take turns on the device. [on for cuda]")] = None,
-    batch_size: Annotated[int, _Flag(help="Pictures per pass of the VAE.")] = 8,
-    workers: Annotated[int, _Flag(help="Threads that read pictures.")] = 4,
-    skip_bad: Annotated[bool, _Flag(
+    batch_size: Annotated[int, flag(help="Pictures per pass of the VAE.")] = 8,
+    workers: Annotated[int, flag(help="Threads that read pictures.")] = 4,
+    skip_bad: Annotated[bool, flag(
         "--skip-bad", help="Go on without images that cannot be used; they are listed.")] = False,
-    verify: Annotated[bool, _Flag(
+    verify: Annotated[bool, flag(
         "--verify/--no-verify",
         help="Check every finished shard of the cache and make damaged ones again.")] = True,
 ) -> None:

@@ -20,14 +20,13 @@ from rich.progress import (
 from rich.table import Table
 
 from ..settings import SAMPLERS
-from .common import DTYPES, console, errors, one_of, parse_fields, plain_errors
+from .common import DTYPES, console, errors, flag, one_of, parse_fields, plain_errors
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
     from ..training.evaluate import ControlRow, DrawSettings, Report
     from ..training.scenes import SceneSettings
 
-_Flag = typer.Option
 _SPLITS = ("train", "held_out", "all")
 _KINDS = ("one", "two", "counts")
 
@@ -35,21 +34,21 @@ _KINDS = ("one", "two", "counts")
 def scenes(
     out: Annotated[Path, typer.Argument(
         help="Folder to write; one of the same settings goes on.")],
-    count: Annotated[int, _Flag(help="Pictures.")] = 30000,
-    seed: Annotated[int, _Flag(help="Another seed, other scenes.")] = 0,
-    image_size: Annotated[int, _Flag(
+    count: Annotated[int, flag(help="Pictures.")] = 30000,
+    seed: Annotated[int, flag(help="Another seed, other scenes.")] = 0,
+    image_size: Annotated[int, flag(
         help="Pixels of a square picture, a multiple of 16 from 64; other shapes have about as "
              "many.")] = 128,
-    ratios: Annotated[str, _Flag(help="Width to height, from 1:2 to 2:1: 1:1,5:3,3:5.")] = "1:1",
-    two: Annotated[float, _Flag(help="Share of scenes of two objects.")] = 0.0,
-    counts: Annotated[float, _Flag(help="Share of scenes of two or three equal objects.")] = 0.0,
-    corners: Annotated[float, _Flag(
+    ratios: Annotated[str, flag(help="Width to height, from 1:2 to 2:1: 1:1,5:3,3:5.")] = "1:1",
+    two: Annotated[float, flag(help="Share of scenes of two objects.")] = 0.0,
+    counts: Annotated[float, flag(help="Share of scenes of two or three equal objects.")] = 0.0,
+    corners: Annotated[float, flag(
         help="Share of the one-object scenes with the object in a corner.")] = 0.0,
-    split: Annotated[str, _Flag(
+    split: Annotated[str, flag(
         help="train, held_out or all attribute combinations. The evaluation draws held_out ones."
     )] = "train",
-    phrasings: Annotated[int, _Flag(help="Captions of each picture.")] = 4,
-    edges: Annotated[bool, _Flag(
+    phrasings: Annotated[int, flag(help="Captions of each picture.")] = 4,
+    edges: Annotated[bool, flag(
         "--edges", help="Write each picture's outline too, to train a ControlNet on.")] = False,
 ) -> None:
     """Write coloured shapes with captions: a data set to train on that needs no download."""
@@ -70,40 +69,40 @@ def scenes(
 
 
 def evaluate(
-    transformer: Annotated[Path | None, _Flag(
+    transformer: Annotated[Path | None, flag(
         "--transformer", "--model", help="Transformer to evaluate; without one the judge alone is "
         "measured.")] = None,
-    t5: Annotated[Path | None, _Flag("--t5", help="T5 text encoder: a file or a folder.")] = None,
-    vae: Annotated[Path | None, _Flag(help="VAE: a file or a folder.")] = None,
-    tokenizer: Annotated[Path | None, _Flag(
+    t5: Annotated[Path | None, flag("--t5", help="T5 text encoder: a file or a folder.")] = None,
+    vae: Annotated[Path | None, flag(help="VAE: a file or a folder.")] = None,
+    tokenizer: Annotated[Path | None, flag(
         help="T5's spiece.model or tokenizer.json, for T5 files that bring none.")] = None,
-    controlnet: Annotated[Path | None, _Flag(
+    controlnet: Annotated[Path | None, flag(
         help="ControlNet to evaluate beside it, on the outlines of the scenes.")] = None,
-    hed: Annotated[Path | None, _Flag(
+    hed: Annotated[Path | None, flag(
         help="HED edge detector: hints are what it finds in the renders. [exact outlines]")] = None,
-    strengths: Annotated[str, _Flag(
+    strengths: Annotated[str, flag(
         help="Control strengths to try; 0 is without.")] = "0,0.25,0.5,0.75,1,1.5",
-    prompts: Annotated[int, _Flag(help="Held-out prompts.")] = 128,
-    kinds: Annotated[str, _Flag(
+    prompts: Annotated[int, flag(help="Held-out prompts.")] = 128,
+    kinds: Annotated[str, flag(
         help="What the prompts are of, in equal shares: one, two, counts.")] = "one",
-    image_size: Annotated[int | None, _Flag(
+    image_size: Annotated[int | None, flag(
         help="Pixels of a square picture. [the model's training size, 128 without one]")] = None,
-    ratios: Annotated[str, _Flag(help="Width to height, from 1:2 to 2:1: 1:1,5:3,3:5.")] = "1:1",
-    corners: Annotated[float, _Flag(
+    ratios: Annotated[str, flag(help="Width to height, from 1:2 to 2:1: 1:1,5:3,3:5.")] = "1:1",
+    corners: Annotated[float, flag(
         help="Share of the one-object scenes with the object in a corner.")] = 0.0,
-    steps: Annotated[int | None, _Flag(help="Sampling steps. [the sampler's own]")] = None,
-    guidance: Annotated[float | None, _Flag(help="1 is none. [the sampler's own]")] = None,
-    sampler: Annotated[str, _Flag(help="auto, dpm, sa-solver, lcm or dmd.")] = "auto",
-    seed: Annotated[int, _Flag(help="Of the noise.")] = 0,
-    scene_seed: Annotated[int, _Flag(help="Of the prompts.")] = 1000,
-    batch_size: Annotated[int, _Flag(help="Pictures at a time.")] = 32,
-    judged: Annotated[int, _Flag(
+    steps: Annotated[int | None, flag(help="Sampling steps. [the sampler's own]")] = None,
+    guidance: Annotated[float | None, flag(help="1 is none. [the sampler's own]")] = None,
+    sampler: Annotated[str, flag(help="auto, dpm, sa-solver, lcm or dmd.")] = "auto",
+    seed: Annotated[int, flag(help="Of the noise.")] = 0,
+    scene_seed: Annotated[int, flag(help="Of the prompts.")] = 1000,
+    batch_size: Annotated[int, flag(help="Pictures at a time.")] = 32,
+    judged: Annotated[int, flag(
         "--judge", help="True renders to measure the judge itself on; 0 for none.")] = 512,
-    out: Annotated[Path | None, _Flag("--json", help="Write every number to this file.")] = None,
-    device: Annotated[str, _Flag(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, _Flag(
+    out: Annotated[Path | None, flag("--json", help="Write every number to this file.")] = None,
+    device: Annotated[str, flag(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, flag(
         help="auto, float32, bfloat16 or float16. [auto: float32 on the CPU]")] = "auto",
-    fields: Annotated[list[str] | None, _Flag(
+    fields: Annotated[list[str] | None, flag(
         "--set", help="A config field of the model, such as num_heads=6. May be repeated.")] = None,
 ) -> None:
     """Measure a model on held-out scenes: what share of the pictures shows what was asked for.

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..workflow import Report, WorkflowError, read_workflow, upgrade, write_workflow
-from .common import console, plain_errors
+from .common import console, flag, plain_errors
 
 app = typer.Typer(no_args_is_help=True, help="Saved ComfyUI workflows.")
 
@@ -25,15 +25,15 @@ def upgrade_command(
     source: Annotated[Path, typer.Argument(
         metavar="OLD", help="A workflow as the web page saves it or in API format (.json), or a "
                             "picture that ComfyUI saved (.png).")],
-    output: Annotated[Path | None, typer.Option(
+    output: Annotated[Path | None, flag(
         "--output", "-o", help="The .json file to write. [OLD.pixart.json beside OLD]")] = None,
-    in_place: Annotated[bool, typer.Option(
+    in_place: Annotated[bool, flag(
         "--in-place", help="Write to OLD itself.")] = False,
-    dry_run: Annotated[bool, typer.Option(
+    dry_run: Annotated[bool, flag(
         "--dry-run", help="Say what would be done and write nothing.")] = False,
-    api: Annotated[bool, typer.Option(
+    api: Annotated[bool, flag(
         "--api", help="Of a picture, take the API prompt, not the page's workflow.")] = False,
-    control_base: Annotated[str | None, typer.Option(
+    control_base: Annotated[str | None, flag(
         help="The base model of a ControlNet, which is a file of its own here, as the list on "
              "PixArt Model Loader shows it; by default the released model of that size.")] = None,
 ) -> None:

@@ -27,6 +27,33 @@ NAMED = ["--model", str(STARTER.transformer), "--t5", str(STARTER.t5_file), "--v
          str(STARTER.vae)]
 
 
+def commands(group, *names):
+    """(names, command) of every command below a group."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *names, name)
+        else:
+            yield (*names, name), command
+
+
+def test_help_shows_every_word(monkeypatch):
+    """Protects what an option does when it is left out: "[auto: ...]" is no markup of rich."""
+    from rich.markup import render
+    from typer.main import get_command
+
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("TERMINAL_WIDTH", "500")
+    checked = 0
+    for names, command in commands(get_command(app)):
+        shown = " ".join(typer_testing.CliRunner().invoke(app, [*names, "--help"]).stdout.split())
+        for option in command.params:
+            said = (option.help or "").replace("\\[", "[")
+            assert said in shown, (names, option.name)
+            assert render(option.help or "").plain == said, (names, option.name)
+            checked += "[" in said
+    assert checked > 20
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run a command in an empty folder; stdout, stderr and exit code come back."""
