@@ -21,7 +21,14 @@ BROKEN_PACKS = {
 }
 sys.path.insert(0, str(HERE))  # the tests import client and launch
 
-from launch import HostMissingError, HostStartError, find_host, log_tail, running_host  # noqa: E402
+from launch import (  # noqa: E402
+    HostMissingError,
+    HostStartError,
+    find_host,
+    has_package,
+    log_tail,
+    running_host,
+)
 
 _SEEDS = itertools.count(1000)
 _LOG = pytest.StashKey[Path]()
@@ -35,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_HOST] = find_host()
     except HostMissingError as reason:
         config.stash[_HOST] = reason
+    config.addinivalue_line("markers", "gguf: needs the package gguf in the host's environment")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -42,6 +50,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     found = item.config.stash[_HOST]
     if isinstance(found, HostMissingError):
         pytest.skip(str(found))
+    if item.get_closest_marker("gguf") and not has_package(found.python, "gguf"):
+        pytest.skip("no package gguf in the environment of this ComfyUI, which reads GGUF files; "
+                    f"install it there: {found.python} -m pip install gguf")
     if item.config.stash.get(_BROKEN, False):
         pytest.fail("the ComfyUI server did not start; see the first error", pytrace=False)
     log = item.config.stash.get(_LOG, None)

@@ -68,6 +68,13 @@ def find_host(environ: Mapping[str, str] = os.environ) -> Installation:
     return Installation(path, python, found.group(1) if found else "(version unknown)")
 
 
+@functools.cache
+def has_package(python: Path, name: str) -> bool:
+    """Whether the Python that runs a host can import a package."""
+    command = [python, "-c", f"import {name}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def make_base(base: Path, packs: Mapping[str, Path]) -> None:
     """Lays out a base directory: models/*, input/, output/, ..., and a link for each node pack."""
     for name in MODEL_FOLDERS:

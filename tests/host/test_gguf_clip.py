@@ -1,6 +1,5 @@
 """CLIP from a T5 in a GGUF file: as the engine encodes with it, and with its weights packed."""
 
-import subprocess
 import sys
 
 import pytest
@@ -11,14 +10,13 @@ from graphs import StarterGraph
 from pixart_core.text import T5TextEncoder
 from pixart_core.text.t5_file import read_t5
 
+pytestmark = pytest.mark.gguf
 NAME, PROMPT = "packed/t5_starter_Q8_0.gguf", "a large red circle on a blue background"
 
 
 @pytest.fixture(scope="module")
-def file(host, installation, repository):
+def file(host, repository):
     """The starter's T5 in Q8_0 with llama.cpp's names; its SentencePiece model lies beside it."""
-    if subprocess.run([installation.python, "-c", "import gguf"], capture_output=True).returncode:
-        pytest.skip("the Python of this ComfyUI has no gguf package")
     pytest.importorskip("gguf")
     sys.path.insert(0, str(repository / "tests" / "core"))
     from test_gguf_t5 import write_t5

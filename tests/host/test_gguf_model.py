@@ -1,7 +1,5 @@
 """MODEL from a GGUF file: found, drawn with, patched, and refused with a reason."""
 
-import subprocess
-
 import numpy as np
 import pytest
 import torch
@@ -14,18 +12,12 @@ import pixart_core as pc
 from pixart_core.checkpoint.gguf_write import write_gguf
 from pixart_core.config import METADATA_KEY
 
+pytestmark = pytest.mark.gguf
 PROMPT = "a large yellow star on the left on a purple background"
 NAME, UNPACKED = "packed/starter_Q4_0.gguf", "starter_unpacked.safetensors"
 LORA = "gguf.safetensors"
 LAYERS = {"blocks.0.attn.qkv": (576, 192), "blocks.3.mlp.fc1": (768, 192),
           "blocks.5.cross_attn.kv_linear": (384, 192), "y_embedder.y_proj.fc2": (192, 192)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def has_gguf(installation):
-    found = subprocess.run([installation.python, "-c", "import gguf"], capture_output=True)
-    if found.returncode:
-        pytest.skip("the Python of this ComfyUI has no gguf package")
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,20 @@ def test_without_a_host_the_suite_skips_with_one_line(tmp_path, repository):
     assert "host suite: skipped, no ComfyUI" in done.stdout
 
 
+def test_without_gguf_in_the_host_its_tests_skip_with_one_line(tmp_path, repository, installation):
+    """No server is started for them, and the line says what to install and where."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-m", "pytest", "tests/host/test_gguf_model.py",
+               "tests/host/test_gguf_clip.py", "-p", "no:cacheprovider"]
+    env = os.environ | {"COMFYUI_PATH": str(installation.path), "COMFYUI_PYTHON": str(python)}
+    done = subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True)
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert done.returncode == 0, done.stdout
+    assert len(skipped) == 1 and f"{python} -m pip install gguf" in skipped[0], done.stdout
+
+
 def test_a_pack_that_does_not_load_is_named(host):
     log = host.base / "server.log"
     check_packs({"probe": Path()}, log)

@@ -1,7 +1,5 @@
 """PixArt LoRA Loader against peft, the engine and the host's own LoRA nodes."""
 
-import subprocess
-
 import pytest
 import torch
 from checks import choices, refused, relative, save, saved, starter_file, write
@@ -185,10 +183,9 @@ def test_a_lora_on_the_hosts_own_pixart(host):
     assert relative(epsilon(host, "ours"), epsilon(host, "stock")) < 1e-5
 
 
-def test_a_packed_model(host, installation):
+@pytest.mark.gguf
+def test_a_packed_model(host):
     """On a GGUF model as the stock loader of LoRAs does it."""
-    if subprocess.run([installation.python, "-c", "import gguf"], capture_output=True).returncode:
-        pytest.skip("the Python of this ComfyUI has no gguf package")
     pytest.importorskip("gguf")
     from pixart_core.checkpoint.gguf_write import write_gguf
 
