@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-sys.path.insert(0, str(Path(__file__).parent))  # the tests of training import training_samples
+sys.path.insert(0, str(Path(__file__).parent))  # test files import modules beside them
 
 Weights = dict[str, Tensor]
 
