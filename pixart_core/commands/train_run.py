@@ -17,6 +17,7 @@ _ABOUT = {
     "controlnet": "Train a ControlNet-Transformer for a model (PixArt-delta).",
     "lora": "Teach a model a subject or style from a few pictures.",
     "vae": "Train a VAE of TAESD's architecture on a folder of images.",
+    "hed": "Train a small HED edge detector on scenes: for the starter family.",
     "text": "Train a small T5 encoder for captions of scenes: for the starter family.",
 }
 _ARGUMENTS = typer.Argument(metavar="[SETTINGS.yaml] [NAME=VALUE]...", show_default=False,
@@ -28,6 +29,28 @@ def register(group: typer.Typer) -> None:
     """Add one command for each recipe."""
     for name, about in _ABOUT.items():
         group.command(name, help=about)(_command(name))
+    group.command("starter")(starter)
+
+
+def starter(
+    out: Annotated[Path, typer.Argument(help="Folder for the finished family.")],
+    work: Annotated[Path | None, typer.Option(
+        help="Folder of the runs; kept, so that the same command goes on. [OUT.work]")] = None,
+    family: Annotated[Path | None, typer.Option(
+        help="A file of steps in place of the package's own.")] = None,
+) -> None:
+    """Make the starter family from nothing: scenes, VAE, T5, models, ControlNet."""
+    with plain_errors():
+        from ..training.starter import make_starter, read_family
+
+        steps = read_family(family) if family is not None else read_family()
+        with _Bar() as bar:
+            outcome = make_starter(out, work or out.with_name(f"{out.name}.work"), steps, bar)
+        if outcome.stopped:
+            console.print("stopped; the same command goes on from there", highlight=False)
+            raise typer.Exit(130)
+        for path in outcome.files:
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def _command(name: str):
@@ -49,7 +72,7 @@ def _train(name: str, arguments: list[str]) -> None:
     files = [a for a in arguments if "=" not in a]
     pairs = parse_pairs([a for a in arguments if "=" in a])
     settings = recipe_settings(name, *map(read_settings_file, files), pairs)
-    with _Bar(settings.steps) as bar:
+    with _Bar() as bar:
         outcome = train(make_recipe(name, settings), bar)
     for path in outcome.files:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
@@ -88,11 +111,12 @@ def _print_settings(name: str) -> None:
 class _Bar:
     """Tells how a run goes: a bar on a terminal, now and then a line elsewhere."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self) -> None:
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                              TimeRemainingColumn(), console=console)
-        self._task = self._bar.add_task("training", total=steps)
+        self._task = self._bar.add_task("training", total=None)
         self._said = -1
+        self._steps = 0
 
     def __enter__(self) -> _Bar:
         if console.is_terminal:
@@ -104,7 +128,11 @@ class _Bar:
 
     def progress(self, report) -> None:
         text = f"loss {report.values['loss']:.4f}, {report.rate:.1f} samples/s"
-        self._bar.update(self._task, completed=report.step, description=text)
+        if report.step < self._steps:  # another run of the same command
+            self._bar.reset(self._task)
+            self._said = -1
+        self._steps = report.step
+        self._bar.update(self._task, completed=report.step, total=report.steps, description=text)
         tenth = 10 * report.step // report.steps
         if not console.is_terminal and tenth > self._said:
             self._said = tenth

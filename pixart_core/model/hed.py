@@ -119,7 +119,7 @@ class HEDDetector(nn.Module):
                             device=image.device) for n in range(len(CONVOLUTIONS))]
         tiles = [(rows, columns) for rows in spans(height, tile) for columns in spans(width, tile)]
         for done, (rows, columns) in enumerate(tiles, 1):
-            sides = self._side_maps(image[..., rows.seen, columns.seen])
+            sides = self.side_maps(image[..., rows.seen, columns.seen])
             for n, side in enumerate(sides):
                 maps[n][..., rows.kept(n), columns.kept(n)] = side[
                     ..., rows.within(n), columns.within(n)].to(maps[n])
@@ -127,7 +127,8 @@ class HEDDetector(nn.Module):
                 progress(done, len(tiles))
         return maps
 
-    def _side_maps(self, image: Tensor) -> list[Tensor]:
+    def side_maps(self, image: Tensor) -> list[Tensor]:
+        """`side_outputs` of an image that is large enough, whole, in the network's dtype."""
         x = image.to(self.norm) * 255 - self.norm
         x = x.to(self.block1.projection.weight.dtype)
         maps = []

@@ -9,6 +9,7 @@ from ..recipe import Recipe
 from ..settings import RunSettings, read_settings, read_settings_file
 from .base import Base, BaseSettings
 from .controlnet import ControlNet, ControlNetSettings
+from .hed import HED, HEDSettings
 from .lcm import LCM, LCMSettings
 from .lcm_lora import LCMLoRA, LCMLoRASettings
 from .lora import LoRA, LoRASettings
@@ -25,6 +26,7 @@ RECIPES: dict[str, tuple[type[Recipe], type[RunSettings]]] = {
     "lora": (LoRA, LoRASettings),
     "vae": (VAE, VAESettings),
     "text": (Text, TextSettings),
+    "hed": (HED, HEDSettings),
 }
 
 _FILES = Path(__file__).resolve().parent.parent / "configs"

@@ -1,0 +1,174 @@
+"""The recipes beside the transformer: VAE, text encoder, edge detector."""
+
+import pytest
+import torch
+from PIL import Image
+
+import pixart_core as pc
+from pixart_core.commands.train_run import _ABOUT
+from pixart_core.text import T5TextEncoder
+from pixart_core.training.curves import read_curves
+from pixart_core.training.edges_data import OutlinedScenes
+from pixart_core.training.loop import train
+from pixart_core.training.pictures import PictureSamples
+from pixart_core.training.readings import IGNORED, QUESTIONS, SceneReadings, answers
+from pixart_core.training.recipes import RECIPES, recipe_defaults, recipe_settings
+from pixart_core.training.scenes import SceneSettings, captions, draw_scene
+from pixart_core.training.spiece import train_spiece
+from pixart_core.vae import load_vae
+from pixart_core.vae_layout import taesd_state_dict, tiny_state_dict
+
+QUICK = {"log_every": 1, "sample_every": 0}
+SMALL_TEXT = {"width": 32, "layers": 1, "heads": 2, "mlp": 32, "pieces": 200, "batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six pictures of different sizes, each of one colour left and another right."""
+    path = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        picture = Image.new("RGB", (40 + 8 * i, 48), (40 * i, 200 - 30 * i, 90))
+        picture.paste((250 - 40 * i, 20, 30 * i), (0, 0, 20, 48))
+        picture.save(path / f"{i}.png")
+    return path
+
+
+def run(name, out, **settings):
+    recipe = RECIPES[name][0](recipe_settings(name, QUICK | {"out": out} | settings))
+    return recipe, train(recipe)
+
+
+def test_every_recipe_has_a_file_of_settings_and_a_command():
+    """Protects completeness: code, settings and command line know the same recipes."""
+    assert set(_ABOUT) == set(RECIPES)
+    for name in RECIPES:
+        assert recipe_defaults(name)["steps"] > 0
+
+
+def test_crops_follow_seed_and_number(folder):
+    """Protects resuming: the same crop for the same number, every image once an epoch."""
+    samples = PictureSamples(folder, 32, seed=3)
+    whole = samples.batch(0, 6)
+    parts = [PictureSamples(folder, 32, seed=3).batch(0, 3, rank, 2) for rank in (0, 1)]
+    assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
+    assert len({str(samples._path(n)) for n in range(6, 12)}) == 6
+    assert whole.images.shape == (6, 3, 32, 32) and 0 <= whole.images.min() <= 1
+    assert not torch.equal(whole.images, PictureSamples(folder, 32, seed=4).batch(0, 6).images)
+
+
+def test_crops_that_no_picture_can_give_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="crop is 30"):
+        PictureSamples(folder, 30)
+    with pytest.raises(ValueError, match="holds no images"):
+        PictureSamples(tmp_path, 32)
+
+
+def test_a_vae_learns_and_loads_where_vaes_do(folder, tmp_path):
+    """Protects the VAE recipe: its error falls, `load_vae` reads the file, latents have its scale,
+    and it can be trained further."""
+    _, outcome = run("vae", tmp_path / "a", data=folder, crop=16, batch_size=4, steps=12,
+                     learning_rate=1e-3, warmup_steps=0)
+    curve = [point["error"] for point in read_curves(tmp_path / "a")]
+    assert curve[-1] < 0.8 * curve[0]
+    vae = load_vae(outcome.files[0], "alpha")
+    assert vae.scale == pytest.approx(1.0)
+    images = PictureSamples(folder, 16).batch(0, 2).images
+    assert vae.decode(vae.encode(images)).shape == images.shape
+    recipe, _ = run("vae", tmp_path / "b", data=folder, crop=16, steps=1, learning_rate=1e-9,
+                    vae=outcome.files[0], ema_decay=None, warmup_steps=0)
+    mine, theirs = recipe.trained.network.state_dict(), vae.network.state_dict()
+    assert all(torch.allclose(mine[n], theirs[n], atol=1e-7) for n in theirs)
+
+
+def test_taesd_names_go_there_and_back():
+    names = ["encoder.layers.0.weight", "decoder.layers.0.weight", "decoder.layers.3.conv.0.bias"]
+    weights = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
+    written = taesd_state_dict(weights)
+    assert "taesd_decoder.1.weight" in written
+    assert tiny_state_dict(written) == weights
+
+
+def test_answers_are_what_the_caption_says():
+    """Protects the text encoder's lessons: each attribute where it is named, else ignored."""
+    settings = SceneSettings(two=0.5, counts=0.2, corners=0.2)
+    kinds = set()
+    for number in range(60):
+        scene = draw_scene(5, number, settings)
+        for caption in captions(scene, 5, number):
+            said = {name: QUESTIONS[name][right]
+                    for name, right in answers(scene, caption).items() if right != IGNORED}
+            kinds.add(scene.kind)
+            assert said["kind"] == scene.kind and said["count"] == str(len(scene.objects))
+            assert ("background" in said) == ("background" in caption.named)
+            if "background" in said:
+                assert said["background"] in caption.text
+            if scene.kind == "two" and "shape 1" in said:
+                first = min(scene.objects, key=lambda o: o.x if scene.relation in
+                            ("left", "right") else o.y)
+                assert said["shape 1"] == first.shape
+                assert said["axis"] == ("across" if scene.relation in ("left", "right") else "down")
+            if scene.kind == "one":
+                assert "shape 2" not in said and said["shape 1"] == scene.objects[0].shape
+    assert kinds == {"one", "two", "count"}
+
+
+def test_readings_follow_seed_and_number():
+    samples = SceneReadings(SceneSettings(), seed=1)
+    whole, parts = samples.batch(2, 4), [samples.batch(2, 2, rank, 2) for rank in (0, 1)]
+    assert whole.texts == parts[0].texts + parts[1].texts
+    assert torch.equal(whole.answers, torch.cat([p.answers for p in parts]))
+
+
+def test_a_tokenizer_is_made_of_captions():
+    """Protects T5's ids and that the same captions give the same model."""
+    texts = [f"a {a} {b} on {c}" for a in ("red", "blue", "green") for b in ("ring", "star")
+             for c in ("white", "black")] * 3
+    model = train_spiece(texts, 130)
+    assert model == train_spiece(texts, 130)
+    with pytest.raises(ValueError, match="no tokenizer of 5000 pieces"):
+        train_spiece(texts, 5000)
+
+
+def test_a_text_encoder_learns_and_loads(tmp_path):
+    """Protects the text recipe: it answers better, and folder and file are the same encoder."""
+    recipe, outcome = run("text", tmp_path, steps=30, learning_rate=3e-3, warmup_steps=0,
+                          **SMALL_TEXT)
+    curve = [point["loss"] for point in read_curves(tmp_path)]
+    assert sum(curve[-3:]) < 0.9 * sum(curve[:3])
+    assert set(recipe.accuracy(20)) >= {"kind", "background", "color 1", "shape 1"}
+    encoders = [T5TextEncoder.from_path(path, dtype=torch.float32) for path in outcome.files]
+    states = [encoder(["a red circle"], max_tokens=40) for encoder in encoders]
+    assert torch.equal(states[0][0], states[1][0]) and torch.equal(states[0][1], states[1][1])
+    ids, mask = recipe._tokens(("a red circle",), torch.device("cpu"))
+    own = recipe.average.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    count = int(mask.sum())
+    assert torch.allclose(states[0][0][0, :count], own[0, :count], atol=1e-5)
+
+
+def test_a_text_run_goes_on_exactly(tmp_path):
+    for steps in (2, 4):
+        run("text", tmp_path / "parts", steps=steps, schedule="constant", **SMALL_TEXT)
+    run("text", tmp_path / "whole", steps=4, schedule="constant", **SMALL_TEXT)
+    parts, whole = (read_curves(tmp_path / name) for name in ("parts", "whole"))
+    assert [p["loss"] for p in parts] == [p["loss"] for p in whole]
+
+
+def test_an_edge_detector_learns_and_loads(tmp_path):
+    """Protects the HED recipe: its loss falls and `HEDDetector` reads the file."""
+    recipe, outcome = run("hed", tmp_path, steps=10, batch_size=4, warmup_steps=0,
+                          learning_rate=3e-3)
+    curve = [point["merged"] for point in read_curves(tmp_path)]
+    assert curve[-1] < curve[0]
+    detector = pc.HEDDetector.from_path(outcome.files[0])
+    image = OutlinedScenes(64).batch(0, 1).images
+    assert torch.allclose(detector(image), recipe.trained.detector(image), atol=1e-6)
+
+
+def test_outlines_stay_where_the_shapes_are():
+    """Protects the detector's truth: disturbance changes pictures, not outlines."""
+    batch = OutlinedScenes(64, seed=2).batch(0, 4)
+    again = OutlinedScenes(64, seed=2).batch(1, 2, rank=0, world=1)
+    assert torch.equal(again.images, OutlinedScenes(64, seed=2).batch(0, 2, rank=1, world=2).images)
+    steep = (batch.images[..., 1:] - batch.images[..., :-1]).abs().amax(1, keepdim=True)
+    on, off = steep[batch.edges[..., 1:] > 0.9].mean(), steep[batch.edges[..., 1:] == 0].mean()
+    assert on > 2 * off
