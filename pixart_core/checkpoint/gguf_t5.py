@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T5_ARCHITECTURES = ("t5", "t5encoder")
+# a whole SentencePiece model, for kinds that llama.cpp's own entries cannot say; no name of theirs
+SPIECE_FIELD = "tokenizer.pixart.spiece_model"
 
 T = TypeVar("T")
 
@@ -21,6 +23,7 @@ _BLOCK = {
     "ffn_gate": "layer.1.DenseReluDense.wi_0", "ffn_down": "layer.1.DenseReluDense.wo",
 }
 _UP = {True: "layer.1.DenseReluDense.wi_1", False: "layer.1.DenseReluDense.wi"}  # gated or not
+_HUGGING_FACE_NAME = re.compile(r"encoder\.block\.(\d+)\.(.+)\.weight")
 _NAME = re.compile(r"enc\.blk\.(\d+)\.(\w+)\.weight")
 
 # SentencePiece's piece types are llama.cpp's token types
@@ -48,6 +51,21 @@ def hugging_face_names(tensors: Mapping[str, T]) -> dict[str, T]:
     return out
 
 
+def llama_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Hugging Face's names of a T5 encoder as llama.cpp's, the other way round.
+
+    Raises KeyError for names that a T5 encoder does not have.
+    """
+    top = {theirs: name for name, theirs in _TOP.items()}
+    inner = {theirs: name for name, theirs in _BLOCK.items()} | dict.fromkeys(_UP.values(),
+                                                                             "ffn_up")
+    out: dict[str, T] = {}
+    for name, tensor in tensors.items():
+        match = _HUGGING_FACE_NAME.fullmatch(name)
+        out[f"enc.blk.{match[1]}.{inner[match[2]]}.weight" if match else top[name]] = tensor
+    return out
+
+
 def spiece_model(fields: Mapping[str, Any]) -> bytes | None:
     """The SentencePiece model of the metadata, as the bytes of a spiece.model; None without one.
 
@@ -60,6 +78,8 @@ def spiece_model(fields: Mapping[str, Any]) -> bytes | None:
         return default if entry is None else entry.contents()
 
     pieces, scores, kinds = read("tokens"), read("scores"), read("token_type")
+    if SPIECE_FIELD in fields:
+        return bytes(fields[SPIECE_FIELD].contents())
     if read("model") != "t5" or not pieces or len(pieces) != len(scores or ()) \
             or len(pieces) != len(kinds or ()):
         return None

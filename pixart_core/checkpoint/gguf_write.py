@@ -1,10 +1,11 @@
-"""Writing a PixArt transformer to a GGUF file, in a block format of the caller's choice."""
+"""Writing GGUF files in a block format of the caller's choice, PixArt transformers above all."""
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..config import METADATA_KEY, PixArtConfig
 from ..extras import require
 from ..quant.blocks import PACKINGS
+from ..quant.packed import PackedTensor
 from .gguf import ARCHITECTURE, SUFFIX
 from .header import CheckpointError
 
@@ -54,15 +56,48 @@ def write_gguf(path: str | Path, state_dict: Mapping[str, Tensor], config: PixAr
     Raises ValueError for another quant or suffix, CheckpointError when the file cannot be written,
     ImportError where the gguf package is missing.
     """
-    path = Path(path)
+    check_target(path, quant)
+    kinds = {name: storage_type(name, tensor, quant) for name, tensor in state_dict.items()}
+    write_file(path, ARCHITECTURE, state_dict, kinds, quant,
+               lambda writer: writer.add_string(METADATA_KEY, config.to_json()))
+
+
+def check_target(path: str | Path, quant: str) -> None:
+    """Raise ValueError for a quant that cannot be written, or a name that is no GGUF file's."""
     if quant not in QUANTS:
         raise ValueError(f"quant is {quant!r}; use one of {', '.join(QUANTS)}")
-    if path.suffix.lower() != SUFFIX:
-        raise ValueError(f"{path.name}: a GGUF file ends in {SUFFIX}")
+    if Path(path).suffix.lower() != SUFFIX:
+        raise ValueError(f"{Path(path).name}: a GGUF file ends in {SUFFIX}")
+
+
+def write_file(path: str | Path, architecture: str, tensors: Mapping[str, Tensor | PackedTensor],
+               kinds: Mapping[str, str], quant: str, describe: Callable[[Any], None]) -> None:
+    """Write tensors as the types in `kinds`, whole or not at all; packed ones are unpacked first.
+
+    `describe` is given the gguf package's writer, to add metadata. Raises CheckpointError when the
+    file cannot be written or a weight is too large for float16, ImportError without the package.
+    """
+    path = Path(path)
     gguf = require("gguf", "writing GGUF files", extra="gguf")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        _write(gguf, temporary, state_dict, config, quant)
+        writer = gguf.GGUFWriter(temporary, architecture)
+        try:
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{quant}"]))
+            describe(writer)
+            for name, tensor in tensors.items():
+                raw = gguf.GGMLQuantizationType[kinds[name]]
+                size, nbytes = gguf.GGML_QUANT_SIZES[raw]
+                writer.add_tensor_info(name, tuple(tensor.shape), None,
+                                       math.prod(tensor.shape) // size * nbytes, raw_dtype=raw)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, tensor in tensors.items():  # one at a time: no second copy of the model
+                writer.write_tensor_data(_encoded(gguf, name, tensor, kinds[name]))
+        finally:
+            writer.close()
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -72,33 +107,17 @@ def write_gguf(path: str | Path, state_dict: Mapping[str, Tensor], config: PixAr
         temporary.unlink(missing_ok=True)
 
 
-def _write(gguf: Any, path: Path, state_dict: Mapping[str, Tensor], config: PixArtConfig,
-           quant: str) -> None:
-    kinds = {name: storage_type(name, tensor, quant) for name, tensor in state_dict.items()}
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    try:
-        writer.add_string(METADATA_KEY, config.to_json())
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{quant}"]))
-        for name, tensor in state_dict.items():
-            raw = gguf.GGMLQuantizationType[kinds[name]]
-            size, nbytes = gguf.GGML_QUANT_SIZES[raw]
-            writer.add_tensor_info(name, tuple(tensor.shape), None,
-                                   tensor.numel() // size * nbytes, raw_dtype=raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, tensor in state_dict.items():  # one at a time: no second copy of the model
-            writer.write_tensor_data(_encoded(gguf, tensor, kinds[name]))
-    finally:
-        writer.close()
-
-
-def _encoded(gguf: Any, tensor: Tensor, kind: str) -> Any:
+def _encoded(gguf: Any, name: str, tensor: Tensor | PackedTensor, kind: str) -> Any:
     """The numpy array whose bytes are stored."""
+    if isinstance(tensor, PackedTensor):
+        tensor = tensor.dense()
     tensor = tensor.detach().cpu().contiguous()
     if kind == "BF16":
         return tensor.to(torch.bfloat16).view(torch.int16).numpy()
     if kind in PACKINGS:
         return gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[kind])
-    return tensor.to(_PLAIN[kind]).numpy()
+    stored = tensor.to(_PLAIN[kind])
+    if kind == "F16" and not stored.isfinite().all():
+        raise ValueError(f"{name} has numbers that are too large for float16; use BF16 or a "
+                         "block format")
+    return stored.numpy()

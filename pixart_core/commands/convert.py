@@ -1,4 +1,4 @@
-"""`pixart convert`: PixArt models from any file to a safetensors file or folder."""
+"""`pixart convert`: PixArt models from any file to a safetensors or GGUF file, or a folder."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from .common import DTYPES, console, flag, one_of, parse_fields, plain_errors
 from .convert_control import write_control, write_hed
 from .convert_gguf import (
     DEFAULT_QUANT,
-    ONLY_TRANSFORMERS,
+    NOT_FOR_GGUF,
     QUANTS,
     check_quant,
+    write_text_encoder,
     write_transformer,
 )
 from .convert_lora import write_lora
@@ -62,8 +63,13 @@ def convert(
              "own training scripts); it counts instead of what the file says.")] = None,
     quant: Annotated[str | None, flag(
         help=f"For a .gguf OUT: {', '.join(QUANTS)}. [{DEFAULT_QUANT}]")] = None,
+    tokenizer: Annotated[Path | None, flag(
+        help="For a T5 that brings none, and a .gguf OUT: T5's spiece.model, to be kept inside.",
+    )] = None,
 ) -> None:
     """Convert a PixArt transformer, ControlNet, HED network or, with --lora, LoRA.
+
+    A T5 text encoder becomes a .gguf OUT.
 
     The config is written into the result. Of a ControlNet file that carries a whole base model,
     the ControlNet alone is kept.
@@ -71,8 +77,8 @@ def convert(
     with plain_errors():
         if to is not None:
             one_of("--to", to, ("native", "diffusers"))
-        if lora and (to or ema):
-            raise typer.BadParameter("--to and --ema are for models, not for --lora")
+        if lora and (to or ema or tokenizer):
+            raise typer.BadParameter("--to, --ema and --tokenizer are for models, not for --lora")
         if alpha is not None and not lora:
             raise typer.BadParameter("--alpha is for --lora")
         one_of("--dtype", dtype, ("auto", *DTYPES))
@@ -83,22 +89,30 @@ def convert(
                                      "in .safetensors")
         if target.exists() and target.resolve() == source.resolve():
             raise typer.BadParameter("OUT is IN; write to another file")
-        to = to or ("diffusers" if folder else "native")
+        names, to = to, to or ("diffusers" if folder else "native")
         cast = functools.partial(_cast, dtype=dtype)
         if lora and quant:
-            raise typer.BadParameter(ONLY_TRANSFORMERS.format(source.name))
+            raise typer.BadParameter(NOT_FOR_GGUF.format(source.name))
         if lora:
-            _say(*write_lora(source, target, cast, base, parse_fields(fields), alpha),
-                 target)
+            _say(*write_lora(source, target, cast, base, parse_fields(fields), alpha), target)
             return
         kind = _kind(source)
         if base is not None and kind not in CONTROLNET_KINDS:
             raise typer.BadParameter(f"--base is for ControlNets; {source.name} is none")
         if ema and kind not in TRANSFORMER_KINDS:
             raise typer.BadParameter(f"--ema is for transformers; {source.name} is none")
-        if quant and kind not in TRANSFORMER_KINDS:
-            raise typer.BadParameter(ONLY_TRANSFORMERS.format(source.name))
-        if kind in CONTROLNET_KINDS:
+        if quant and kind not in (*TRANSFORMER_KINDS, "t5"):
+            raise typer.BadParameter(NOT_FOR_GGUF.format(source.name))
+        if tokenizer is not None and not (quant and kind == "t5"):
+            raise typer.BadParameter("--tokenizer is for a T5 encoder and a .gguf OUT")
+        if kind == "t5" and quant:
+            if fields or names:
+                raise typer.BadParameter("--set and --to are for PixArt models, not for a T5")
+            count, said = write_text_encoder(source, target, quant, DTYPES.get(dtype), tokenizer)
+            for line in said:
+                console.print(line, highlight=False, soft_wrap=True)
+            to = "llama.cpp's"
+        elif kind in CONTROLNET_KINDS:
             count, said = write_control(source, target, to, cast, base, parse_fields(fields),
                                         folder)
             for line in said:

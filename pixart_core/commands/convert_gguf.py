@@ -1,4 +1,4 @@
-"""`pixart convert` to GGUF: transformers in a block format."""
+"""`pixart convert` to GGUF: transformers and T5 encoders in a block format."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import typer
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from ..config import PixArtConfig
 from .common import one_of
 
 DEFAULT_QUANT = "Q8_0"
-ONLY_TRANSFORMERS = "GGUF files are written of PixArt transformers; {} is none"
+NOT_FOR_GGUF = "GGUF files are written of PixArt transformers and T5 encoders; {} is neither"
 
 
 def check_quant(target: Path, quant: str | None, to: str | None) -> str | None:
@@ -33,6 +34,35 @@ def write_transformer(target: Path, weights: Mapping[str, Tensor], config: PixAr
                       quant: str) -> str:
     """Write native weights; returns a line that says what is stored how."""
     write_gguf(target, weights, config, quant)
-    kinds = Counter(storage_type(name, tensor, quant) for name, tensor in weights.items())
+    return _stored(Counter(storage_type(name, tensor, quant) for name, tensor in weights.items()))
+
+
+def write_text_encoder(source: Path, target: Path, quant: str, dtype: torch.dtype | None,
+                       tokenizer: Path | None) -> tuple[int, list[str]]:
+    """Write the T5 encoder of `source`; parameters written, and what to say.
+
+    `dtype` is what its numbers are rounded to before, `tokenizer` a spiece.model in place of its
+    own. Raises CheckpointError as `read_t5` and `write_t5_gguf` do.
+    """
+    from ..text.t5_file import read_t5
+    from ..text.t5_gguf import write_t5_gguf
+    from ..text.tokenizer import find_tokenizer
+
+    file = read_t5(source, dtype)
+    if tokenizer is not None:
+        found = find_tokenizer(tokenizer)
+        if found.suffix.lower() == ".json":
+            raise typer.BadParameter(f"{found.name} cannot be kept in a GGUF file; give T5's "
+                                     "spiece.model")
+        file.spiece_model = found.read_bytes()
+    said = [_stored(write_t5_gguf(target, file, quant))]
+    said.append("the tokenizer is inside" if file.spiece_model is not None else
+                f"without a tokenizer, for {source.name} brings no spiece.model: put one beside "
+                f"{target.name}, or name it with --tokenizer to have it inside")
+    tensors = [*file.state_dict.values(), *file.packed.values()]
+    return sum(tensor.shape.numel() for tensor in tensors), said
+
+
+def _stored(kinds: Counter[str]) -> str:
     return "stored as " + ", ".join(f"{kind} ({count} tensors)"
                                     for kind, count in kinds.most_common())
