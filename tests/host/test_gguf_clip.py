@@ -1,7 +1,5 @@
 """CLIP from a T5 in a GGUF file: as the engine encodes with it, and with its weights packed."""
 
-import sys
-
 import pytest
 import torch
 from checks import STARTER, choices, encoded, refused, relative, save, saved, write_bytes
@@ -9,22 +7,19 @@ from graphs import StarterGraph
 
 from pixart_core.text import T5TextEncoder
 from pixart_core.text.t5_file import read_t5
+from pixart_core.text.t5_gguf import write_t5_gguf
 
 pytestmark = pytest.mark.gguf
 NAME, PROMPT = "packed/t5_starter_Q8_0.gguf", "a large red circle on a blue background"
 
 
 @pytest.fixture(scope="module")
-def file(host, repository):
-    """The starter's T5 in Q8_0 with llama.cpp's names; its SentencePiece model lies beside it."""
+def file(host):
+    """The starter's T5 in Q8_0 with llama.cpp's names, as `pixart convert` writes it."""
     pytest.importorskip("gguf")
-    sys.path.insert(0, str(repository / "tests" / "core"))
-    from test_gguf_t5 import write_t5
-
     path = host.models_dir / "text_encoders" / NAME
     path.parent.mkdir(exist_ok=True)
-    write_t5(path, "Q8_0", {})
-    (path.parent / "spiece.model").write_bytes(read_t5(STARTER.t5_file).spiece_model)
+    write_t5_gguf(path, read_t5(STARTER.t5_file), "Q8_0")
     return path
 
 
