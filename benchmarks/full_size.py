@@ -22,7 +22,7 @@ import torch
 import pixart_core as pc
 
 from .contenders import make_step, random_weights
-from .measure import MIB, command, machine, show, table, versions
+from .measure import MIB, command, machine, peak_memory, show, table, versions
 
 ALLOWED = 1.5e9
 PIXELS = 512
@@ -84,9 +84,9 @@ def load_elsewhere(path: Path, target: str | None, pixels: int) -> dict[str, Any
 
 def _child(path: str, dtype: str | None, pixels: int) -> dict[str, Any]:
     """Load `path` in this process and run it once; bytes and seconds."""
-    start, before = time.perf_counter(), _peak()
+    start, before = time.perf_counter(), peak_memory()
     model = pc.load_transformer(path, dtype=getattr(torch, dtype) if dtype else None)
-    load, peak = time.perf_counter() - start, _peak()
+    load, peak = time.perf_counter() - start, peak_memory()
     weights = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     step = make_step(model.config, pixels, 1, torch.device("cpu"), seed=0)
     start = time.perf_counter()
@@ -94,16 +94,6 @@ def _child(path: str, dtype: str | None, pixels: int) -> dict[str, Any]:
         out = model(step.x, step.timestep, step.captions[0])
     return {"load": load, "start": before, "peak": peak, "weights": weights,
             "forward": time.perf_counter() - start, "finite": bool(out.isfinite().all())}
-
-
-def _peak() -> int:
-    """Most resident memory of this program so far, in bytes; 0 where the system does not tell.
-
-    Not getrusage, whose peak also counts the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0)
 
 
 def _name(dtype: torch.dtype) -> str:

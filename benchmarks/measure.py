@@ -105,6 +105,16 @@ def versions(**others: str) -> str:
     return ", ".join(f"{name} {number}" for name, number in (found | others).items())
 
 
+def peak_memory() -> int:
+    """Most resident memory of this program so far, in bytes; 0 where the system does not tell.
+
+    Not getrusage, whose peak also counts the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0)
+
+
 def command() -> str:
     """How this process was started, without the machine's own paths."""
     module = getattr(sys.modules["__main__"], "__spec__", None)

@@ -7,7 +7,7 @@ import pixart_core as pc
 
 pytest.importorskip("diffusers")
 
-from benchmarks import contenders, full_size, measure, precision, transformer
+from benchmarks import contenders, full_size, gguf, measure, precision, transformer
 from benchmarks.comfyui import ComfyUI, import_comfyui
 
 TINY = {"hidden_size": 48, "num_heads": 2, "mlp_hidden_size": 192, "caption_channels": 32}
@@ -80,6 +80,28 @@ def test_precision_measures_the_golden_cases(comfyui):
     assert precision.our_error("sigma_512", torch.float32, CPU) < 1e-5
     if isinstance(comfyui, ComfyUI):
         assert precision.comfyui_error(comfyui, "sigma_512", torch.float32, CPU) < 1e-5
+
+
+def test_gguf_measures_every_format(monkeypatch, tmp_path):
+    """Errors and sizes are those of the format named: fewer bits, smaller file, larger error."""
+    pytest.importorskip("gguf")
+    tiny = pc.PixArtConfig(hidden_size=64, num_heads=2, mlp_hidden_size=256, caption_channels=64)
+    monkeypatch.setattr(gguf.pc, "PRESETS", {"sigma-1024": tiny})
+    monkeypatch.setattr(gguf, "TIMESTEPS", gguf.TIMESTEPS[:1])
+    monkeypatch.setattr(gguf, "_in_a_process", gguf._child)  # a process takes seconds to start
+    monkeypatch.setattr(gguf, "T5_XXL", gguf.T5Config(64, 16, 128, 1, 4, 999))
+    report = gguf.main(["--depth", "1", "--pixels", "64", "--repeats", "1", "--quants", "F16",
+                        "Q8_0", "Q4_0", "--out", str(tmp_path / "table.md")])
+    assert (tmp_path / "table.md").read_text() == report
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()
+            if line.startswith(("| F16", "| Q"))]
+    assert [row[0] for row in rows] == ["F16", "Q8_0", "Q4_0"] * 3
+    for table in (rows[:3], rows[3:6], rows[6:]):
+        size, weights = (2, 3) if len(table[0]) == 6 else (1, 2)  # of the first table
+        sizes = [float(row[size].split()[0]) for row in table]
+        errors = [float(row[weights].split()[0]) for row in table]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2]
+        assert errors[0] == 0 and 0 < errors[1] < 1 < errors[2] < 20
 
 
 def test_full_size_loads_in_a_process_of_its_own(tmp_path):
