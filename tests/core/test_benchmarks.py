@@ -116,3 +116,12 @@ def test_full_size_loads_in_a_process_of_its_own(tmp_path):
     assert path.stat().st_size < found["weights"] < 2 * path.stat().st_size
     if found["peak"]:  # not every system tells
         assert found["weights"] < found["peak"] < ballast.nbytes
+
+
+def test_training_steps_are_measured(capsys):
+    """Protects the benchmark that waits for a GPU: a step runs, and nothing is written."""
+    from benchmarks import training
+
+    training.main(["--recipes", "lora", "--depth", "2", "--size", "64", "--batches", "1",
+                   "--steps", "1", "--precision", "no"])
+    assert "| lora | 1 |" in capsys.readouterr().out

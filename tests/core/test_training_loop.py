@@ -74,10 +74,10 @@ def files_equal(first, second):
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(name, model, tmp_path):
     """Protects exact resuming: the same losses, and bit for bit the same files."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(start(name, whole, model, steps=6, gradient_accumulation=2))
-    for steps in (3, 6):
+    train(start(name, whole, model, steps=4, gradient_accumulation=2))
+    for steps in (2, 4):
         train(start(name, parts, model, steps=steps, gradient_accumulation=2))
-    assert len(losses(whole)) == 6 and losses(parts) == losses(whole)
+    assert len(losses(whole)) == 4 and losses(parts) == losses(whole)
     assert files_equal(whole, parts)
 
 
@@ -112,11 +112,11 @@ def test_a_recipe_learns_what_it_sees_again_and_again(name, model, tmp_path):
         def batch(self, index, size, rank=0, world=1):
             return samples._rows(range(4))  # one batch, one draw of noise
 
-    recipe = start(name, tmp_path, model, Same(count=4, control=True), steps=40, batch_size=4,
-                   learning_rate=3e-3, caption_dropout=0.0)
+    recipe = start(name, tmp_path, model, Same(count=4, control=True), steps=20, batch_size=4,
+                   learning_rate=5e-3, caption_dropout=0.0)
     train(recipe)
     curve = losses(tmp_path)
-    assert curve[-1] < 0.7 * curve[0]
+    assert curve[-1] < 0.75 * curve[0]
 
 
 SCRIPT = """

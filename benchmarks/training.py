@@ -1,0 +1,136 @@
+"""What a training step of the published recipes costs at full size: time, memory, images a second.
+
+Random weights and data; LCM at batch 12 with gradient checkpointing is PixArt-delta's own setting
+(arXiv 2401.05252, table 1: about 32 GB). Run with: python -m benchmarks.training
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+import pixart_core as pc
+from pixart_core.config import PRESETS
+from pixart_core.training.batch import Batch, NullCaption
+from pixart_core.training.loop import Progress, train
+from pixart_core.training.recipes import RECIPES, recipe_settings
+
+from .measure import command, machine, table, versions
+
+RECIPES_RUN = ("lcm", "lcm-lora", "controlnet", "lora", "base")
+GB = 1e9
+
+
+class RandomSamples:
+    """Latents and captions of one size, the same every time, made once."""
+
+    def __init__(self, size: int, tokens: int, channels: int, control: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.latent = torch.randn(1, 4, size // 8, size // 8, generator=generator)
+        self.caption = torch.randn(1, tokens, channels, generator=generator)
+        self.size, self.control = size, control
+        self.null_caption = NullCaption(self.caption[0, :1].clone(), torch.ones(1).bool())
+
+    def check_fit(self, config: pc.PixArtConfig) -> None:
+        pass
+
+    def require_control(self) -> None:
+        pass
+
+    def batch(self, index: int, size: int, rank: int = 0, world: int = 1) -> Batch:
+        first = index * size * world + rank * size
+        latents = self.latent.expand(size, -1, -1, -1)
+        caption = self.caption.expand(size, -1, -1)
+        side = torch.full((size, 2), float(self.size))
+        return Batch(tuple(range(first, first + size)), latents, caption,
+                     torch.ones(caption.shape[:2]).bool(), side, torch.ones(size, 1),
+                     latents if self.control else None, ("",) * size)
+
+
+class EnoughError(Exception):
+    """Ends a run before it writes gigabytes."""
+
+
+class Rates:
+    """The samples a second of every report, and the most memory until then."""
+
+    def __init__(self, steps: int) -> None:
+        self.rates: list[float] = []
+        self.peak, self.steps = 0, steps
+
+    def progress(self, report: Progress) -> None:
+        self.rates.append(report.rate)
+        if torch.cuda.is_available():
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        if len(self.rates) == self.steps:
+            raise EnoughError
+
+    def message(self, text: str) -> None:
+        pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES_RUN), choices=RECIPES_RUN)
+    parser.add_argument("--batches", nargs="+", type=int, default=[12])
+    parser.add_argument("--size", type=int, default=1024, help="pixels")
+    parser.add_argument("--preset", default="alpha-1024", choices=PRESETS)
+    parser.add_argument("--depth", type=int, help="fewer blocks, for a first try")
+    parser.add_argument("--steps", type=int, default=8, help="the first two are not counted")
+    parser.add_argument("--precision", default="bf16", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--no-checkpointing", action="store_true")
+    arguments = parser.parse_args(arguments)
+    config = PRESETS[arguments.preset]
+    if arguments.depth:
+        config = config.replace(depth=arguments.depth)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        model = pc.PixArtTransformer(config, dtype=torch.bfloat16)
+        pc.write_checkpoint(path, model.state_dict(), {"pixart_config": config.to_json()})
+        parameters = sum(p.numel() for p in model.parameters())
+        del model
+        for name in arguments.recipes:
+            for batch in arguments.batches:
+                rows.append(_row(name, batch, path, config, arguments, Path(folder)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(machine(device), versions(), command(), sep="\n")
+    print(f"{parameters / 1e6:.1f} M parameters, {arguments.size} px, {arguments.precision}, "
+          f"gradient checkpointing {'off' if arguments.no_checkpointing else 'on'}")
+    print(table(("recipe", "batch", "images/s", "peak GB"), rows))
+
+
+def _row(name: str, batch: int, path: Path, config: pc.PixArtConfig,
+         arguments: argparse.Namespace, folder: Path) -> tuple[str, ...]:
+    source = "teacher" if name.startswith("lcm") else "model"
+    out = folder / f"{name}-{batch}"
+    depth = {"depth": min(13, config.depth - 1)} if name == "controlnet" else {}
+    settings = recipe_settings(name, {
+        "out": out, "data": out, source: path, "batch_size": batch,
+        "steps": arguments.steps + 1,
+        "gradient_accumulation": 1, "precision": arguments.precision, "log_every": 1,
+        "sample_every": 0, "save_every": arguments.steps + 1,
+        "gradient_checkpointing": not arguments.no_checkpointing, **depth})
+    samples = RandomSamples(arguments.size, config.max_tokens, config.caption_channels,
+                            name == "controlnet")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    rates = Rates(arguments.steps)
+    try:
+        train(RECIPES[name][0](settings, samples), rates)
+    except EnoughError:
+        pass
+    except torch.OutOfMemoryError:
+        return name, str(batch), "out of memory", ""
+    counted = rates.rates[2:] or rates.rates
+    peak = f"{rates.peak / GB:.2f}" if rates.peak else ""
+    return name, str(batch), f"{statistics.median(counted):.3g}", peak
+
+
+if __name__ == "__main__":
+    main()
