@@ -43,10 +43,7 @@ def find_chromium(environ: Mapping[str, str] = os.environ) -> Path:
 
 @contextlib.contextmanager
 def opened(chromium: Path, profile: Path) -> Iterator[Any]:
-    """A page of a headless Chromium with `profile` as its user data: playwright's Page.
-
-    Playwright is ended with it: while it runs, no other test of this process can use asyncio.
-    """
+    """A page of a headless Chromium with `profile` as its user data: playwright's Page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -11,6 +11,7 @@ from typing import Any
 
 PACK_NAME = "ComfyUI-PixArt-Delta"
 PATIENCE = 60_000  # ms; a page on a busy machine
+HOSTS_TEMPLATES = re.compile(r"/templates/index[^/]*\.json")
 FALLBACKS = re.compile(r"/docs/\w+/\w+\.md|/userdata|/user\.css")  # 404 is an answer there
 
 # what is on the canvas; positions without the title bar
@@ -52,6 +53,8 @@ class ComfyPage:
         self.tab, self.artefacts = tab, artefacts
         self.errors: list[str] = []
         tab.set_default_timeout(PATIENCE)
+        # the host's own templates, hundreds of cards that take ten seconds to draw, are left out
+        tab.route(HOSTS_TEMPLATES, lambda route: route.fulfill(json=[]))
         tab.on("console", self._on_console)
         tab.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack or ''}"))
 
@@ -117,6 +120,10 @@ class ComfyPage:
         """Every node on the canvas: id, type, title, known, marked, box (x, y, width, height),
         pictures (address, width), choices (widget, value, what can be chosen)."""
         return self.tab.evaluate(_READ_GRAPH)
+
+    def text_shows(self) -> bool:
+        """Whether the canvas draws text; the page leaves it out where it would be too small."""
+        return not self.tab.evaluate("window.app.canvas.low_quality")
 
     def unseen_of_the_note(self) -> list[int]:
         """Looked at in full size: by how many pixels each box of the note's text scrolls."""

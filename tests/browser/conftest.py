@@ -1,4 +1,4 @@
-"""The host's real web page in headless Chromium: a server of its own, one page a module.
+"""The host's real web page in headless Chromium: one server and one page for the whole folder.
 
 COMFYUI_PATH and COMFYUI_PYTHON name the host as for tests/host, CHROMIUM_PATH the browser (else
 the usual names on PATH). Without one of them every test of this folder skips, for one reason.
@@ -7,6 +7,7 @@ Screenshots go to artefacts/<host version>/, which git ignores.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ SETTINGS = {
 _FOUND = pytest.StashKey[object]()  # (Installation, Chromium), or why one of them is missing
 _BROKEN = pytest.StashKey[bool]()  # the server did not start, which was reported in full
 _SERVER = pytest.StashKey[object]()
+_STARTED = contextlib.ExitStack()  # server and browser, ended after the last test of this folder
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,34 +71,42 @@ def artefacts(installation: Installation) -> Path:
     return HERE / "artefacts" / installation.version
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Ends server and browser before other folders' tests: while Playwright runs, no other test of
+    this process can use asyncio."""
+    if nextitem is None or HERE not in nextitem.path.parents:
+        _STARTED.close()
+
+
 @pytest.fixture(scope="session")
-def server(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A started ComfyUI with nothing but this pack, and the picture that every ComfyUI comes with:
     client.Host."""
-    installation, _ = pytestconfig.stash[_FOUND]
-    base = tmp_path_factory.mktemp("comfyui_page")
+    installation, _ = request.config.stash[_FOUND]
+    request.addfinalizer(_STARTED.close)
     shutil.rmtree(artefacts(installation), ignore_errors=True)
     artefacts(installation).mkdir(parents=True)
     try:
-        with running_host(installation, base, {PACK_NAME: REPOSITORY}) as started:
-            pytestconfig.stash[_SERVER] = started
-            started.request("/api/settings", SETTINGS)
-            example = installation.path / "input" / "example.png"
-            started.upload(Image.open(example), example.name)
-            yield started
+        started = _STARTED.enter_context(running_host(
+            installation, tmp_path_factory.mktemp("comfyui_page"), {PACK_NAME: REPOSITORY}))
     except HostStartError as reason:
-        pytestconfig.stash[_BROKEN] = True
+        request.config.stash[_BROKEN] = True
         raise pytest.fail.Exception(str(reason), pytrace=False) from None
+    request.config.stash[_SERVER] = started
+    started.request("/api/settings", SETTINGS)
+    example = installation.path / "input" / "example.png"
+    started.upload(Image.open(example), example.name)
+    return started
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def page(server, pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
     """The loaded web page: comfy_page.ComfyPage."""
     installation, chromium = pytestconfig.stash[_FOUND]
-    with opened(chromium, tmp_path_factory.mktemp("profile")) as tab:
-        loaded = ComfyPage(tab, artefacts(installation))
-        loaded.load(server.url)
-        yield loaded
+    tab = _STARTED.enter_context(opened(chromium, tmp_path_factory.mktemp("profile")))
+    loaded = ComfyPage(tab, artefacts(installation))
+    loaded.load(server.url)
+    return loaded
 
 
 @pytest.hookimpl(hookwrapper=True)
