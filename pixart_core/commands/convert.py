@@ -44,7 +44,8 @@ def convert(
     target: Annotated[Path, typer.Argument(
         metavar="OUT", help="A .safetensors or .gguf file, or a folder for diffusers.")],
     to: Annotated[str | None, flag(
-        help="Tensor names: native or diffusers. [native for a file, diffusers for a folder]",
+        help="Tensor names, native or diffusers, or gguf for a .gguf OUT. [native for a file, "
+             "diffusers for a folder]",
     )] = None,
     dtype: Annotated[str, flag(
         help="auto (as it is), float32, bfloat16 or float16.")] = "auto",
@@ -76,13 +77,14 @@ def convert(
     """
     with plain_errors():
         if to is not None:
-            one_of("--to", to, ("native", "diffusers"))
+            one_of("--to", to, ("native", "diffusers", "gguf"))
         if lora and (to or ema or tokenizer):
             raise typer.BadParameter("--to, --ema and --tokenizer are for models, not for --lora")
         if alpha is not None and not lora:
             raise typer.BadParameter("--alpha is for --lora")
         one_of("--dtype", dtype, ("auto", *DTYPES))
-        quant = check_quant(target, quant, to)
+        quant = check_quant(source, target, quant, to)
+        to = None if to == "gguf" else to  # said twice: OUT ends in .gguf
         folder = target.is_dir() or target.suffix == ""
         if folder and to == "native":
             raise typer.BadParameter("a folder is diffusers' form; for native names let OUT end "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.gguf import SUFFIX
 from ..checkpoint.gguf_write import QUANTS, storage_type, write_gguf
+from ..checkpoint.read import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES
 from ..config import PixArtConfig
 from .common import one_of
 
@@ -19,14 +20,18 @@ DEFAULT_QUANT = "Q8_0"
 NOT_FOR_GGUF = "GGUF files are written of PixArt transformers and T5 encoders; {} is neither"
 
 
-def check_quant(target: Path, quant: str | None, to: str | None) -> str | None:
+def check_quant(source: Path, target: Path, quant: str | None, to: str | None) -> str | None:
     """The block format for `target`, None where it is no GGUF file; BadParameter on a clash."""
     if target.suffix.lower() != SUFFIX:
+        if to == "gguf":
+            raise typer.BadParameter(f"--to gguf writes one {SUFFIX} file; OUT is {target}, write "
+                                     f"{_named(source, target)}")
         if quant is not None:
             raise typer.BadParameter(f"--quant is for GGUF files; let OUT end in {SUFFIX}")
         return None
     if to == "diffusers":
-        raise typer.BadParameter("GGUF files hold native names; leave out --to")
+        raise typer.BadParameter("GGUF files hold native names; leave out --to, or write --to "
+                                 "gguf")
     return one_of("--quant", quant or DEFAULT_QUANT, QUANTS)
 
 
@@ -61,6 +66,14 @@ def write_text_encoder(source: Path, target: Path, quant: str, dtype: torch.dtyp
                 f"{target.name}, or name it with --tokenizer to have it inside")
     tensors = [*file.state_dict.values(), *file.packed.values()]
     return sum(tensor.shape.numel() for tensor in tensors), said
+
+
+def _named(source: Path, target: Path) -> Path:
+    """What OUT should have been."""
+    if target.is_dir():
+        return target / f"{source.stem}{SUFFIX}"
+    known = target.suffix.lower() in SAFETENSORS_SUFFIXES + PICKLE_SUFFIXES
+    return target.with_name((target.stem if known else target.name) + SUFFIX)
 
 
 def _stored(kinds: Counter[str]) -> str:

@@ -38,6 +38,26 @@ def test_there_and_back(run, tmp_path):
         == pc.open_transformer(STARTER.transformer)[1]
 
 
+def test_to_gguf(run, tmp_path):
+    """What one tries first: `--to gguf` beside a .gguf OUT changes nothing, for a T5 either."""
+    for source in (STARTER.transformer, STARTER.t5_file):
+        assert run("convert", source, "plain.gguf").exit_code == 0
+        done = run("convert", source, "said.gguf", "--to", "gguf")
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / "said.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("target", "words"), [
+    ("m", "write m.gguf"), ("m.safetensors", "write m.gguf"), ("m-1.0", "write m-1.0.gguf"),
+    (".", "write pixart_starter"),
+])
+def test_to_gguf_needs_a_gguf_file(run, tmp_path, target, words):
+    done = run("convert", STARTER.transformer, target, "--to", "gguf")
+    text = " ".join(done.stderr.replace("│", " ").split())
+    assert done.exit_code == 2 and "one .gguf file" in text and words in text
+    assert not list(tmp_path.iterdir())
+
+
 def test_inspect_says_what_is_packed(run):
     run("convert", STARTER.transformer, "m.gguf", "--quant", "Q4_0")
     shown = run("inspect", "m.gguf").stdout
@@ -49,6 +69,7 @@ def test_inspect_says_what_is_packed(run):
     (("m.safetensors", "--quant", "Q8_0"), "for GGUF files"),
     (("m.gguf", "--quant", "Q4_K"), "use one of"),
     (("m.gguf", "--to", "diffusers"), "leave out --to"),
+    (("m.safetensors", "--to", "ggml"), "native, diffusers, gguf"),
 ])
 def test_usage(run, tmp_path, arguments, words):
     done = run("convert", STARTER.transformer, *arguments)
