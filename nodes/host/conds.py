@@ -16,6 +16,32 @@ def _pad_tokens(x: Tensor, length: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing)) if missing else x
 
 
+def caption_mask(caption: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask (B, L) int32 of captions (B, L, D), from the one that a conditioning brings.
+
+    ConditioningConcat puts tokens behind captions and leaves the mask as it was. They are text, but
+    for zeros, which are the padding of a batch: T5 gives none. None when all is text. Raises
+    ValueError for a mask of other captions.
+    """
+    count, length = caption.shape[:2]
+    known = 0
+    if mask is not None:
+        mask = mask.to(caption.device, torch.int32).reshape(-1, mask.shape[-1])
+        known = mask.shape[1]
+        if known > length or len(mask) not in (1, count):
+            raise ValueError(
+                f"the conditioning has {count} captions of {length} tokens and an attention mask "
+                f"for {len(mask)} of {known}: a node before the sampler cut the captions and left "
+                "the mask; encode with fewer max_tokens instead")
+    text = caption[:, known:].any(dim=-1).to(torch.int32)
+    # the longest of a batch has no padding: zeros at the end of all are a conditioning zeroed out
+    if count == 1 or known == length or not text[:, -1].any():
+        text = torch.ones_like(text)
+    if mask is None:
+        return None if text.all() else text
+    return torch.cat([mask.expand(count, -1), text], dim=1)
+
+
 class CaptionCond(comfy.conds.CONDRegular):
     """T5 states (B, L, D) that concatenate with captions of other lengths."""
 

@@ -15,6 +15,7 @@ from comfy.cli_args import args
 
 from ...pixart_core.checkpoint.read import SAFETENSORS_SUFFIXES
 from ...pixart_core.text.embeddings import CaptionEntry, load_embeddings, save_embeddings
+from .conds import caption_mask
 from .files import fingerprint
 
 FOLDER = "embeddings"  # a folder key of the host, and where we save below its output folder
@@ -95,7 +96,10 @@ def save(conditioning: list, prefix: str, prompt: Mapping[str, Any] | None, node
 def _entry(caption: torch.Tensor, options: Mapping[str, Any]) -> CaptionEntry:
     tensors = {k: v for k, v in options.items() if isinstance(v, torch.Tensor) and k != _MASK}
     plain = {k: v for k, v in options.items() if k not in tensors and k != _MASK}
-    return CaptionEntry(caption, options.get(_MASK), plain, tensors)
+    mask = options.get(_MASK)
+    if caption.ndim == 3:
+        mask = caption_mask(caption, mask)
+    return CaptionEntry(caption, mask, plain, tensors)
 
 
 def describe(prompt: Mapping[str, Any], node_id: str | None) -> dict[str, str]:

@@ -27,7 +27,7 @@ from ...pixart_core.load import (
     require_finite,
 )
 from . import memory
-from .conds import AreaCond, CaptionCond, CaptionMaskCond
+from .conds import AreaCond, CaptionCond, CaptionMaskCond, caption_mask
 from .files import fingerprint
 from .gguf import GGUFOperations, PackedPatcher, refuse_saving
 from .transformer import WRONG_CONTROL, HostTransformer
@@ -63,13 +63,12 @@ class PixArtModel(comfy.model_base.PixArt):
         caption = kwargs.get("cross_attn")
         if caption is not None:
             self._check_caption(caption)
-            mask = kwargs.get("attention_mask")
+            mask = caption_mask(caption, kwargs.get("attention_mask"))
             full = mask is None
             if full:
                 mask = torch.ones(caption.shape[:2], dtype=torch.int32, device=caption.device)
             out["c_crossattn"] = CaptionCond(caption)
-            out["caption_mask"] = CaptionMaskCond(
-                mask.to(caption.device, torch.int32).reshape(caption.shape[0], -1), full)
+            out["caption_mask"] = CaptionMaskCond(mask, full)
         if self.pixart_config.micro_conditioning:
             height, width = kwargs["height"], kwargs["width"]
             ratio = torch.tensor([[kwargs.get("aspect_ratio", height / width)]])
