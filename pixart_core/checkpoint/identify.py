@@ -28,8 +28,9 @@ class Kind:
 
 
 _LORA = (r".*\.(lora_(A|B|down|up)\b|lora_magnitude_vector|dora_scale|hada_w1_a|lokr_w[12]|"
-         r"oft_blocks|diff$)")
+         r"diff$)")
 _USE_LORA = "load it with a LoRA loader on top of a PixArt model"
+_NO_LORA = "that is not supported; LoRA, LoHa, LoKr and DoRA are"
 _USE_CONTROL = "load it with PixArt ControlNet Loader"
 _USE_TEXT = "load it as a text encoder"
 _USE_VAE = "load it as a VAE"
@@ -37,6 +38,9 @@ _OTHER = "PixArt loaders cannot use it; load it with the host's own loaders"
 
 KINDS: tuple[Kind, ...] = (
     Kind("lora", "a LoRA", _USE_LORA, (_LORA,)),
+    Kind("oft", "an OFT or BOFT adapter", _NO_LORA, (r".*\.(oft_blocks|oft_diag|b?oft_[rR]\b)",)),
+    Kind("glora", "a GLoRA", _NO_LORA, tuple(rf".*\.{part}\.weight$"
+                                            for part in ("a1", "a2", "b1", "b2"))),
     Kind("controlnet", "a PixArt ControlNet", _USE_CONTROL, (r"controlnet\.0\.before_proj\.",)),
     Kind("controlnet", "a PixArt ControlNet", _USE_CONTROL, (r"controlnet\.\d+\.copied_block\.",)),
     Kind("controlnet-diffusers", "a PixArt ControlNet in diffusers' layout", _USE_CONTROL,

@@ -13,6 +13,8 @@ from pixart_core.checkpoint.identify import KINDS, explain, identify, require_ki
 FOREIGN = {
     "lora": ["transformer.transformer_blocks.0.attn1.to_q.lora_A.weight",
              "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight"],
+    "oft": ["lycoris_blocks_0_attn_qkv.oft_blocks", "lycoris_blocks_0_attn_qkv.alpha"],
+    "glora": [f"lycoris_blocks_0_attn_qkv.{part}.weight" for part in ("a1", "a2", "b1", "b2")],
     "controlnet": ["base_model.x_embedder.proj.weight", "base_model.t_block.1.weight",
                    "controlnet.0.before_proj.weight", "controlnet.0.copied_block.attn.qkv.weight"],
     "controlnet-diffusers": ["controlnet_blocks.0.before_proj.weight",
