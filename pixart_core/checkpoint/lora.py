@@ -84,6 +84,10 @@ def read_lora(source: str | Path | Mapping[str, Tensor], *, alpha: float | None 
                      "every layer counts with scale 1. Put that file beside it, or give alpha "
                      "(alpha on PixArt LoRA Loader, `pixart convert --lora --alpha A`, `pixart "
                      "generate --lora FILE:STRENGTH:A`)")
+    free = sum(layer.kind == "lokr" and layer.rank is None for layer in layers)
+    if alpha is not None and peft is None and free:
+        notes.append(f"{name}: alpha does not apply to {free} of its {len(layers)} layers, whole "
+                     "LoKr matrices that have no rank to divide it by; they count with scale 1")
     notes += _about_unused(unused, name)
     return LoRA(tuple(layers), tuple(unused), tuple(notes), name)
 

@@ -38,3 +38,15 @@ def test_other_adapters_beside_a_lora_are_listed():
     more = other("oft_blocks", *GLORA, module="transformer.proj_out")
     lora = read_lora({**LORA, **more})
     assert len(lora.layers) == 1 and set(lora.unused) == more.keys()
+
+
+def test_alpha_for_layers_without_a_rank():
+    """Said, where nobody tells a rank: a given alpha would be ignored without a word."""
+    free = {f"lycoris_transformer_blocks_1_attn1_to_{p}.lokr_w{n}": torch.ones(n, n)
+            for p in "qk" for n in (1, 2)}
+    assert not read_lora({**LORA, **free}).notes
+    lora = read_lora({**LORA, **free}, alpha=4)
+    assert [layer.scale for layer in lora.layers] == [2.0, 1.0, 1.0]
+    assert "alpha does not apply to 2 of its 3 layers" in lora.notes[0]
+    told = read_lora(free, alpha=4, config={"peft_type": "LOKR", "r": 8, "alpha": 1})
+    assert {layer.scale for layer in told.layers} == {0.5} and not told.notes
