@@ -104,7 +104,7 @@ def _group(tensors: Mapping[str, Tensor], source: str) -> tuple[Groups, list[str
         if ".original_module." in key:  # PEFT's copy of what a trained whole module replaced
             continue
         module, leaf = split_key(key)
-        has_adapter |= leaf not in (*WHOLE, "", "alpha")
+        has_adapter |= leaf not in (*WHOLE, "", "alpha", "scalar")
         place = None if is_text_encoder(key) else find_place(module)
         if place is None or (not leaf and not is_raw_parameter(place.module)):
             unused.append(key)
@@ -133,7 +133,9 @@ def _layers(module: str, place: Place, leaves: dict[str, Tensor], peft: PeftConf
     at = (weight, place.part, place.parts)
     bias = (f"{place.module}.bias", place.part, place.parts)
     layers: list[LoRALayer] = []
-    own_alpha, norm = left.pop("alpha", None), left.pop("dora_scale", left.get("magnitude"))
+    numbers = {leaf: _number(left.pop(leaf), f"{leaf} of {module}", source)
+               for leaf in ("alpha", "scalar") if leaf in left}
+    norm = left.pop("dora_scale", left.get("magnitude"))
     left.pop("magnitude", None)
     scale = 1.0
     for kind, needed in _NEEDED.items():
@@ -148,7 +150,8 @@ def _layers(module: str, place: Place, leaves: dict[str, Tensor], peft: PeftConf
             raise CheckpointError(f"{source}: {module} lacks {', '.join(missing)}; the file is "
                                   "incomplete")
         layer = LoRALayer(*at, kind, tensors)
-        scale = _scale(layer, place, own_alpha, peft, alpha, source)
+        scale = _scale(layer, place, numbers.get("alpha"), peft, alpha, source)
+        scale *= numbers.get("scalar", 1.0)  # LyCORIS trains this factor beside alpha / rank
         layer = dataclasses.replace(layer, scale=scale)
         if norm is not None:
             magnitude, rows = _magnitude(norm, layer, module, source)
@@ -165,14 +168,20 @@ def _layers(module: str, place: Place, leaves: dict[str, Tensor], peft: PeftConf
             layers.append(LoRALayer(*where, kind, {kind: left.pop(leaf)},
                                     scale if leaf == "up_bias" else 1.0))
     unused.extend(f"{module} ({leaf})" for leaf in left)
-    if own_alpha is not None and not layers:
-        unused.append(f"{module}.alpha")
+    if not any(layer.kind in _NEEDED for layer in layers):
+        unused.extend(f"{module}.{leaf}" for leaf in numbers if leaf == "scalar" or not layers)
     for layer in layers:
         _require_sound(layer, module, source)
     return layers
 
 
-def _scale(layer: LoRALayer, place: Place, own_alpha: Tensor | None, peft: PeftConfig | None,
+def _number(tensor: Tensor, what: str, source: str) -> float:
+    if tensor.numel() != 1 or not math.isfinite(value := float(tensor)):
+        raise CheckpointError(f"{source}: the {what} is not one finite number")
+    return value
+
+
+def _scale(layer: LoRALayer, place: Place, own_alpha: float | None, peft: PeftConfig | None,
            alpha: float | None, source: str) -> float:
     """What the change is multiplied by: alpha / rank unless PEFT's config says otherwise.
 
@@ -180,7 +189,7 @@ def _scale(layer: LoRALayer, place: Place, own_alpha: Tensor | None, peft: PeftC
     """
     rank = layer.rank
     if own_alpha is not None and alpha is None:
-        return float(own_alpha) / rank if rank else 1.0
+        return own_alpha / rank if rank else 1.0
     if peft is None:
         return 1.0 if alpha is None or not rank else alpha / rank
     said = peft.rank_of(place.path)
@@ -209,8 +218,6 @@ def _magnitude(norm: Tensor, layer: LoRALayer, module: str,
 
 def _require_sound(layer: LoRALayer, module: str, source: str) -> None:
     change_shape(layer, source)
-    if not math.isfinite(layer.scale):
-        raise CheckpointError(f"{source}: {module} has an alpha that is not a finite number")
     for name, tensor in layer.tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
             raise CheckpointError(f"{source}: {name} of {module} holds values that are not finite "

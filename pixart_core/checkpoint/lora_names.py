@@ -27,6 +27,7 @@ _LEAVES: tuple[tuple[str, str], ...] = (
     (r"(?:\.|_)lora(?:_linear_layer)?[._]up\.weight", "up"),
     (r"\.lora_mid\.weight", "mid"),
     (r"\.(?:network_)?alpha", "alpha"),
+    (r"\.scalar", "scalar"),
     (r"\.dora_scale", "dora_scale"),
     (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "magnitude"),
     (r"\.diff", "diff"), (r"\.diff_b", "diff_b"),

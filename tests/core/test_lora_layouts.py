@@ -214,7 +214,7 @@ BAD = {
     "uneven": ({**one(), "transformer.transformer_blocks.0.attn1.to_q.lora_up.weight":
                 torch.zeros(48, 3)}, "do not fit each other"),
     "nan": ({k: v * math.nan for k, v in one().items()}, "not finite"),
-    "alpha": (one(alpha=torch.tensor(math.inf)), "alpha that is not a finite"),
+    "alpha": (one(alpha=torch.tensor(math.inf)), "alpha of .* is not one finite"),
     "magnitude": (one(dora_scale=torch.ones(7, 1)), "magnitude"),
     "only_dora": ({"transformer.proj_out.dora_scale": torch.ones(7, 1)}, "no LoRA"),
     "two": ({**one(), "transformer.transformer_blocks.0.attn1.to_q.lora_A.second.weight":

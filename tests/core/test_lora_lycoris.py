@@ -5,12 +5,15 @@ import torch
 
 from pixart_core.checkpoint import CheckpointError
 from pixart_core.checkpoint.lora import read_lora
+from pixart_core.checkpoint.lora_apply import apply_lora
+from pixart_core.checkpoint.lora_export import host_tensors
 
 MODULE = "lycoris_transformer_blocks_0_attn1_to_q"
 
 
 def other(*leaves, module=MODULE):
-    return {f"{module}.{leaf}": torch.ones(2, 2) for leaf in (*leaves, "alpha")}
+    return {**{f"{module}.{leaf}": torch.ones(2, 2) for leaf in leaves},
+            f"{module}.alpha": torch.tensor(1.0)}
 
 
 GLORA = [f"{part}.weight" for part in ("a1", "a2", "b1", "b2")]
@@ -50,3 +53,63 @@ def test_alpha_for_layers_without_a_rank():
     assert "alpha does not apply to 2 of its 3 layers" in lora.notes[0]
     told = read_lora(free, alpha=4, config={"peft_type": "LOKR", "r": 8, "alpha": 1})
     assert {layer.scale for layer in told.layers} == {0.5} and not told.notes
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+MATRICES = {  # the tensors of one layer; what they make, written out; the rank that divides alpha
+    "lora": ({"lora_up.weight": random(48, 2), "lora_down.weight": random(2, 48, seed=1)},
+             lambda up, down: up @ down, 2),
+    "loha": ({f"hada_w{n}_{ab}": random(*shape, seed=n) for n in (1, 2)
+              for ab, shape in (("a", (48, 3)), ("b", (3, 48)))},
+             lambda a1, b1, a2, b2: (a1 @ b1) * (a2 @ b2), 3),
+    "lokr": ({"lokr_w1": random(4, 4), "lokr_w2_a": random(12, 2), "lokr_w2_b": random(2, 12)},
+             lambda w1, a, b: torch.kron(w1, a @ b), 2),
+    "lokr_full": ({"lokr_w1": random(4, 4), "lokr_w2": random(12, 12)}, torch.kron, None),
+}
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_scalar_multiplies_the_change(make_weights, kind):
+    """alpha / rank * scalar * (matrices), in the file for ComfyUI's loader too, which knows no
+    scalar."""
+    tensors, product, rank = MATRICES[kind]
+    lora = read_lora({**{f"{MODULE}.{leaf}": tensor for leaf, tensor in tensors.items()},
+                      f"{MODULE}.alpha": torch.tensor(5.0), f"{MODULE}.scalar": torch.tensor(0.3)})
+    assert not lora.unused and not lora.notes
+    weights = make_weights()
+    expected = weights["blocks.0.attn.qkv.weight"][:48] + (
+        0.3 * (5 / rank if rank else 1) * product(*tensors.values()))
+    for way in (lora, read_lora(host_tensors(lora))):
+        merged = apply_lora(weights, way)["blocks.0.attn.qkv.weight"]
+        torch.testing.assert_close(merged[:48], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_for_comfyui_has_scalar_in_its_numbers():
+    """Its loader multiplies by alpha / rank, and a LoKr of whole matrices by nothing."""
+    for kind, (tensors, _, rank) in MATRICES.items():
+        lora = read_lora({**{f"{MODULE}.{leaf}": tensor for leaf, tensor in tensors.items()},
+                          f"{MODULE}.scalar": torch.tensor([0.3])})
+        out = {name.rpartition("to_q.")[2]: tensor for name, tensor in host_tensors(lora).items()}
+        assert "scalar" not in out
+        if rank:
+            assert out["alpha"].item() == pytest.approx(0.3 * rank), kind
+        else:
+            torch.testing.assert_close(out["lokr_w1"], 0.3 * tensors["lokr_w1"])
+
+
+def test_a_scalar_of_nothing_is_listed():
+    """Beside differences, too, which it does not multiply."""
+    more = {"lycoris_proj_out.scalar": torch.tensor(2.0),
+            f"{MODULE[:-1]}k.diff": torch.ones(48, 48), f"{MODULE[:-1]}k.scalar": torch.tensor(2.0)}
+    lora = read_lora({**LORA, **more})
+    assert lora.unused == ("lycoris_proj_out.scalar", f"{MODULE[:-1]}k.scalar")
+
+
+@pytest.mark.parametrize("leaf", ["alpha", "scalar"])
+@pytest.mark.parametrize("value", [torch.tensor(torch.inf), torch.ones(2)])
+def test_factors_are_one_finite_number(leaf, value):
+    with pytest.raises(CheckpointError, match=f"{leaf} of {MODULE} is not one finite number"):
+        read_lora({**LORA, f"{MODULE}.{leaf}": value})
