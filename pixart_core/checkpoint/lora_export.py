@@ -28,8 +28,8 @@ def host_leaves(layer: LoRALayer) -> dict[str, Tensor]:
     scale goes into a tensor.
     """
     if layer.kind == "diff":
-        return {"diff": layer.tensors["diff"] * layer.scale if layer.scale != 1
-                else layer.tensors["diff"]}
+        difference = layer.tensors["diff"]
+        return {"diff": difference.float() * layer.scale if layer.scale != 1 else difference}
     tensors = {_NAMES.get(name, name): tensor for name, tensor in layer.tensors.items()}
     if layer.rank is not None:
         tensors["alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float32)
@@ -86,9 +86,11 @@ def host_tensors(lora: LoRA, base: Mapping[str, Tensor] | None = None) -> dict[s
         if layer.magnitude is not None:
             out[f"{name}.dora_scale"] = _dora_scale(layer, base, lora.source)
     for target, parts in fused.items():  # its loader knows no part of a bias
-        known = next(part for part in parts if part is not None)
+        known = [part for part in parts if part is not None]
+        if len({part.dtype for part in known}) > 1:
+            known, parts = ([None if p is None else p.float() for p in ps] for ps in (known, parts))
         out[f"diffusion_model.{target[:-5]}.diff_b"] = torch.cat(
-            [torch.zeros_like(known) if part is None else part for part in parts])
+            [torch.zeros_like(known[0]) if part is None else part for part in parts])
     return out
 
 

@@ -8,6 +8,7 @@ from pixart_core.checkpoint.lora import read_lora
 from pixart_core.checkpoint.lora_apply import apply_lora
 from pixart_core.checkpoint.lora_export import host_tensors
 
+PEFT = "base_model.model.transformer_blocks.0.attn1.to_"
 MODULE = "lycoris_transformer_blocks_0_attn1_to_q"
 
 
@@ -98,6 +99,18 @@ def test_the_file_for_comfyui_has_scalar_in_its_numbers():
             assert out["alpha"].item() == pytest.approx(0.3 * rank), kind
         else:
             torch.testing.assert_close(out["lokr_w1"], 0.3 * tensors["lokr_w1"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_a_scaled_bias_is_multiplied_in_float32(dtype):
+    """PEFT's lora_B.bias, which counts alpha / rank times: float16 would round a second time, and
+    float8 has no multiplication. k's own difference, which has no scale, joins it in one bias."""
+    up, other_bias = random(48, seed=5).to(dtype), random(48, seed=6).to(dtype)
+    lora = read_lora({f"{PEFT}q.lora_A.weight": torch.ones(3, 48), f"{PEFT}q.lora_B.weight":
+                      torch.ones(48, 3), f"{PEFT}q.lora_B.bias": up,
+                      f"{PEFT}k.diff_b": other_bias}, alpha=1)
+    bias = host_tensors(lora)["diffusion_model.blocks.0.attn.qkv.diff_b"]
+    assert torch.equal(bias, torch.cat([up.float() * (1 / 3), other_bias.float(), torch.zeros(48)]))
 
 
 def test_a_scalar_of_nothing_is_listed():
