@@ -155,27 +155,31 @@ def _build_clip(file: T5File, embeddings: list[str], options: dict[str, Any],
     else:
         tokenizer = _tokenizer_class(file)
     target = comfy.supported_models_base.ClipTarget(tokenizer, _encoder_class(file.config))
-    # since 0.4 the constructor loads the weights, for dynamic memory management
-    loads = {} if file.packed else known_arguments(comfy.sd.CLIP,
-                                                   {"state_dict": [file.state_dict]})
-    clip = comfy.sd.CLIP(
-        target, embedding_directory=embeddings,
-        model_options={**options, "dtype": options.get("dtype") or _dtype(file.state_dict)},
-        parameters=comfy.utils.calculate_parameters(file.state_dict), **loads,
-        **known_arguments(comfy.sd.CLIP, {"disable_dynamic": disable_dynamic}))
+    options = {**options, "dtype": options.get("dtype") or _dtype(file.state_dict)}
+    dynamic = known_arguments(comfy.sd.CLIP, {"disable_dynamic": disable_dynamic})
     if file.packed:
+        # nothing is allocated, and the host does not load it while it has no weights
+        clip = comfy.sd.CLIP(target, embedding_directory=embeddings, **dynamic,
+                             model_options={**options, "initial_device": torch.device("meta")})
         _take_packed(clip, file)
-    elif not loads:
+        return clip
+    # since 0.4 the constructor loads the weights, for dynamic memory management
+    loads = known_arguments(comfy.sd.CLIP, {"state_dict": [file.state_dict]})
+    clip = comfy.sd.CLIP(
+        target, embedding_directory=embeddings, model_options=options,
+        parameters=comfy.utils.calculate_parameters(file.state_dict), **loads, **dynamic)
+    if not loads:
         clip.load_sd(file.state_dict)
     return clip
 
 
 def _take_packed(clip: comfy.sd.CLIP, file: T5File) -> None:
-    """Load weights of which some stay packed, and let them be managed as such."""
+    """Give a CLIP without weights those of a file, some packed, and manage them as such."""
     network = clip.cond_stage_model.t5xxl.transformer
     pack_linears(network, file.packed)
     weights = {name: network.get_parameter(name) for name in file.packed} | file.state_dict
     network.load_state_dict(weights, strict=True, assign=True)
+    network.to(clip.patcher.offload_device)
     clip.patcher = gguf.managed_packed(clip.patcher)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import STARTER, choices, encoded, refused, relative, save, saved, write_bytes
-from graphs import StarterGraph
+from graphs import Graph, StarterGraph
 
 from pixart_core.text import T5TextEncoder
 from pixart_core.text.t5_file import read_t5
@@ -54,3 +54,32 @@ def test_cut_files_are_refused(host, file):
     write_bytes(host, "text_encoders", "cut_t5.gguf", file.read_bytes()[:-3000])
     graph, loader = encoded("cut_t5.gguf")
     refused(host, graph, "cut_t5.gguf", "cut short", node=loader)
+
+
+def test_nothing_is_allocated_before_the_packed_weights(host, file):
+    """Else a T5 XXL takes 9.5 GB on the way to its 5 GB, on a card at once.
+
+    4 bytes are the host's own logit scale, which T5 does not use.
+    """
+    graph = Graph()
+    graph.add("ProbeConstructedClip", t5_name=NAME)
+    found = host.run(graph).json("ProbeConstructedClip")
+    assert found["constructed"] == [{"bytes": 4, "loaded": 0}]
+    assert found["devices"] == ["cpu"] and found["bytes"] > 100_000
+
+
+def test_no_dead_model_stays_loaded(host, file):
+    """The host would warn of a memory leak with each model that it loads."""
+    log = host.base / "server.log"
+    start = log.stat().st_size
+    for seed in (500, 501):
+        graph = StarterGraph()
+        graph.clip = graph.add("PixArtT5Loader", t5_name=NAME)
+        graph.positive = graph.encode(f"a red circle {seed}")
+        graph.add("ProbeMemory", after=graph.ksampler(steps=1, seed=seed))
+        memory = host.run(graph).json("ProbeMemory")
+        assert memory["dead"] == []
+        assert "TextModel" in {model["model"] for model in memory["models"]}
+    with log.open("rb") as written:
+        written.seek(start)
+        assert b"memory leak" not in written.read()

@@ -1,13 +1,19 @@
 """What the host holds in memory, and what a MODEL, CLIP or VAE is made of."""
 
+import sys
+from unittest import mock
+
 import comfy.model_management
+import comfy.sd
+import folder_paths
 import torch
 
 from .common import ANY, CATEGORY, NO_CACHE, report
 
 
 class ProbeMemory:
-    """Models that the host holds loaded, with their bytes, once `after` has been computed."""
+    """Models that the host holds loaded, with their bytes, once `after` has been computed; `dead`
+    are those that it counts as loaded and that no patcher answers for any more."""
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
@@ -23,16 +29,49 @@ class ProbeMemory:
         return NO_CACHE
 
     def run(self, after=None):
-        loaded = []
+        loaded, dead = [], []
         for entry in comfy.model_management.current_loaded_models:
             patcher = entry.model
+            if entry.is_dead():
+                dead.append(type(entry.real_model()).__name__)
             if patcher is not None:
                 loaded.append({
                     "model": type(patcher.model).__name__, "device": str(entry.device),
                     "bytes": entry.model_memory(), "loaded_bytes": entry.model_loaded_memory(),
                 })
         return report({"count": len(loaded), "bytes": sum(m["bytes"] for m in loaded),
-                       "models": loaded})
+                       "models": loaded, "dead": dead})
+
+
+class ProbeConstructedClip:
+    """The pack's own load_clip: what the host's constructor of a CLIP allocated and loaded."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"t5_name": ("STRING", {"default": ""})}}
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    def run(self, t5_name):
+        loaders = next(module for name, module in sys.modules.items()
+                       if name.endswith("nodes.host.clip"))
+        path = folder_paths.get_full_path_or_raise("text_encoders", t5_name)
+        construct, management, found = comfy.sd.CLIP.__init__, comfy.model_management, []
+
+        def watched(clip, *args, **kwargs):
+            before = len(management.current_loaded_models)
+            construct(clip, *args, **kwargs)
+            tensors = [p for p in clip.cond_stage_model.parameters() if not p.is_meta]
+            found.append({"bytes": sum(p.nbytes for p in tensors),
+                          "loaded": len(management.current_loaded_models) - before})
+
+        with mock.patch.object(comfy.sd.CLIP, "__init__", watched):
+            clip = loaders.load_clip(path)
+        end = describe_patcher(clip.patcher)
+        return report({"constructed": found, "bytes": end["bytes"], "devices": end["devices"]})
 
 
 class ProbeModelInfo:
@@ -95,4 +134,4 @@ def _name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-NODES = (ProbeMemory, ProbeModelInfo)
+NODES = (ProbeConstructedClip, ProbeMemory, ProbeModelInfo)
