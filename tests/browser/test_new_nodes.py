@@ -15,6 +15,11 @@ def object_info(server):
     return server.object_info()
 
 
+def test_every_node_of_the_pack_has_a_page(object_info):
+    assert sorted(node for node in object_info if node.startswith("PixArt")
+                  and "custom_nodes" in object_info[node]["python_module"]) == NODES
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_the_info_button_opens_the_page(node, page):
     """With its headings, and with tables as wide as the panel at most."""
