@@ -34,6 +34,7 @@ from .read import read_checkpoint
 
 METADATA_KEY = "pixart_lora"  # in the header of files that were written for ComfyUI's own loader
 
+_GIVEN = "alpha that was given"
 _NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {  # any one of each group
     "lora": (("down",), ("up",)),
     "loha": (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)),
@@ -89,7 +90,9 @@ def read_lora(source: str | Path | Mapping[str, Tensor], *, alpha: float | None 
         notes.append(f"{name}: alpha does not apply to {free} of its {len(layers)} layers, whole "
                      "LoKr matrices that have no rank to divide it by; they count with scale 1")
     notes += _about_unused(unused, name)
-    return LoRA(tuple(layers), tuple(unused), tuple(notes), name)
+    rslora = (peft is not None and peft.rslora
+              and any(layer.alpha_from in (peft.source, _GIVEN) for layer in layers))
+    return LoRA(tuple(layers), tuple(unused), tuple(notes), name, rslora)
 
 
 Groups = dict[str, tuple[Place, dict[str, Tensor]]]
@@ -150,9 +153,9 @@ def _layers(module: str, place: Place, leaves: dict[str, Tensor], peft: PeftConf
             raise CheckpointError(f"{source}: {module} lacks {', '.join(missing)}; the file is "
                                   "incomplete")
         layer = LoRALayer(*at, kind, tensors)
-        scale = _scale(layer, place, numbers.get("alpha"), peft, alpha, source)
+        scale, origin = _scale(layer, place, numbers.get("alpha"), peft, alpha, source)
         scale *= numbers.get("scalar", 1.0)  # LyCORIS trains this factor beside alpha / rank
-        layer = dataclasses.replace(layer, scale=scale)
+        layer = dataclasses.replace(layer, scale=scale, alpha_from=origin)
         if norm is not None:
             magnitude, rows = _magnitude(norm, layer, module, source)
             layer = dataclasses.replace(layer, magnitude=magnitude, base_norm=base_norm and rows)
@@ -182,21 +185,25 @@ def _number(tensor: Tensor, what: str, source: str) -> float:
 
 
 def _scale(layer: LoRALayer, place: Place, own_alpha: float | None, peft: PeftConfig | None,
-           alpha: float | None, source: str) -> float:
-    """What the change is multiplied by: alpha / rank unless PEFT's config says otherwise.
+           alpha: float | None, source: str) -> tuple[float, str]:
+    """What the change is multiplied by, and what said so: alpha / rank unless PEFT's config says
+    otherwise.
 
     A LoKr without factorised matrices has no rank: LyCORIS leaves it alone, PEFT does not.
     """
     rank = layer.rank
+    if not rank and (peft is None or (own_alpha is not None and alpha is None)):
+        return 1.0, "no rank, so no alpha"
     if own_alpha is not None and alpha is None:
-        return own_alpha / rank if rank else 1.0
+        return own_alpha / rank, "alpha in the file"
     if peft is None:
-        return 1.0 if alpha is None or not rank else alpha / rank
+        return (1.0, "assumed: nothing says alpha") if alpha is None else (alpha / rank, _GIVEN)
     said = peft.rank_of(place.path)
     if rank and said != rank:
         raise CheckpointError(f"{peft.source} says rank {said:g} for {place.path}, the tensors of "
                               f"{source} have {rank}; it belongs to another LoRA")
-    return peft.scale_of(place.path, rank or said, alpha)
+    return (peft.scale_of(place.path, rank or said, alpha),
+            peft.source if alpha is None else _GIVEN)
 
 
 def _magnitude(norm: Tensor, layer: LoRALayer, module: str,

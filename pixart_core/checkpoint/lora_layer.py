@@ -18,9 +18,10 @@ class LoRALayer:
     """How one native parameter, or one of `parts` equal groups of its rows, is changed.
 
     `tensors` by kind: lora down (r, in), up (out, r), mid; loha hada_*; lokr lokr_*; diff and
-    value (out, ...): a change, and a replacement. `scale` multiplies the change. DoRA
-    (arXiv 2402.09353) has a `magnitude`: (out, 1), or (1, in) for norms over columns; it divides
-    by the norm of the changed weight, or of the base (`base_norm`) in files written for ComfyUI.
+    value (out, ...): a change, and a replacement. `scale` multiplies the change; `alpha_from`
+    says in words what its alpha was taken from, "" where it has none. DoRA (arXiv 2402.09353) has
+    a `magnitude`: (out, 1), or (1, in) for norms over columns; it divides by the norm of the
+    changed weight, or of the base (`base_norm`) in files written for ComfyUI.
     """
 
     target: str
@@ -31,6 +32,7 @@ class LoRALayer:
     scale: float = 1.0
     magnitude: Tensor | None = None
     base_norm: bool = False
+    alpha_from: str = ""
 
     @property
     def rank(self) -> int | None:
@@ -44,12 +46,14 @@ class LoRALayer:
 @dataclass(frozen=True)
 class LoRA:
     """A LoRA in native terms. `unused` are tensor names that no PixArt weight belongs to; `notes`
-    say in plain sentences what a user should know, those names among it."""
+    say in plain sentences what a user should know, those names among it. `rslora`: alpha was
+    divided by the root of the rank."""
 
     layers: tuple[LoRALayer, ...]
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     source: str = "the LoRA"
+    rslora: bool = False
 
 
 def changed(weight: Tensor, layer: LoRALayer) -> Tensor:

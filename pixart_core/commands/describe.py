@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..checkpoint import Checkpoint, detect_config, identify, read_checkpoint
 from ..checkpoint.controlnet import detect_controlnet, split_controlnet
@@ -18,16 +17,11 @@ from ..checkpoint.identify import KINDS, UNKNOWN
 from ..checkpoint.shapes import facts_from_shapes
 from ..config import METADATA_KEY, PRESETS, PixArtConfig, fields_from_metadata
 from ..text.embeddings import EMBEDDINGS_KEY, load_embeddings
+from .describe_lora import NOT_USABLE, describe_lora
+from .rows import Row, as_text, shorten
 
-_LIMIT = 300
 _T5_WIDTHS = {512: ", of T5 small", 768: ", of T5 base", 1024: ", of T5 large", 2048: ", of T5 XL",
               4096: ", of T5 XXL"}
-
-
-class Row(NamedTuple):
-    name: str
-    value: str
-    source: str = ""
 
 
 def describe(path: Path, fields: dict[str, Any]) -> list[Row]:
@@ -50,11 +44,13 @@ def describe(path: Path, fields: dict[str, Any]) -> list[Row]:
         raise ValueError(f"--set is for PixArt transformers; {path.name} is {known.description}")
     elif detail is not None:
         rows += detail(checkpoint)
-    return [*rows, *_metadata(checkpoint, METADATA_KEY), Row("use", known.advice)]
+    rows += _metadata(checkpoint, METADATA_KEY)
+    usable = all(row.name != NOT_USABLE for row in rows)
+    return [*rows, Row("use", known.advice)] if usable else rows
 
 
 def _metadata(checkpoint: Checkpoint, known: str) -> list[Row]:
-    return [Row(f"metadata {name}", _shorten(value), "file header")
+    return [Row(f"metadata {name}", shorten(value), "file header")
             for name, value in sorted(checkpoint.metadata.items()) if name != known]
 
 
@@ -63,14 +59,14 @@ def _embeddings(checkpoint: Checkpoint) -> list[Row]:
     entries, info = load_embeddings(checkpoint.path)
     rows = [Row("kind", "prompts encoded by T5", f"metadata {EMBEDDINGS_KEY}"),
             *_sizes(checkpoint)]
-    rows += [Row(name, _shorten(_value(value)), "as it was saved") for name, value in info.items()]
+    rows += [Row(name, shorten(as_text(value)), "as it was saved") for name, value in info.items()]
     for number, entry in enumerate(entries, start=1):
         which = f" of conditioning {number}" if len(entries) > 1 else ""
         count, length, width = entry.caption.shape
         tokens = [length] * count if entry.mask is None else entry.mask.bool().sum(1).tolist()
         rows += [Row(f"tokens{which}", ", ".join(map(str, tokens)), "shapes and mask"),
                  Row(f"width{which}", f"{width}{_T5_WIDTHS.get(width, '')}", "shapes")]
-        rows += [Row(f"{name}{which}", _value(value), "as it was saved")
+        rows += [Row(f"{name}{which}", as_text(value), "as it was saved")
                  for name, value in entry.options.items() if value is not None]
         rows += [Row(f"{name}{which}", f"a tensor of shape {tuple(tensor.shape)}", "shapes")
                  for name, tensor in entry.tensors.items()]
@@ -111,7 +107,7 @@ def _transformer(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[Row]:
     rows.append(Row("released as", _preset(config), "its config"))
     stored = fields_from_metadata(checkpoint.metadata)
     for name, value in dataclasses.asdict(config).items():
-        rows.append(Row(name, _value(value), _source(name, facts, fields, stored, checkpoint)))
+        rows.append(Row(name, as_text(value), _source(name, facts, fields, stored, checkpoint)))
     return [*rows, Row("position range", f"0 to {config.position_range:g}",
                        "base_size / pe_interpolation"),
             Row("latent scale", f"{config.latent_scale:g}", "variant"),
@@ -121,14 +117,6 @@ def _transformer(checkpoint: Checkpoint, fields: dict[str, Any]) -> list[Row]:
 def _preset(config: PixArtConfig) -> str:
     return next((name for name, preset in PRESETS.items() if preset == config),
                 "none of the released models")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {item}" for name, item in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
 
 
 def _source(name: str, facts: dict[str, Any], given: dict[str, Any], stored: dict[str, Any],
@@ -177,7 +165,7 @@ def _t5(checkpoint: Checkpoint) -> list[Row]:
     from ..text import read_t5
 
     file = read_t5(checkpoint.path)
-    rows = [Row(name, _value(value), "shapes and config.json")
+    rows = [Row(name, as_text(value), "shapes and config.json")
             for name, value in dataclasses.asdict(file.config).items()]
     where = "in the file or beside it" if file.spiece_model else (
         file.tokenizer_json.name if file.tokenizer_json else "none; name one with --tokenizer")
@@ -188,7 +176,7 @@ def _vae(checkpoint: Checkpoint) -> list[Row]:
     from ..vae_layout import kl_config, kl_state_dict
 
     config = kl_config(kl_state_dict(checkpoint.state_dict))
-    rows = [Row(name, _value(config[name]), "shapes")
+    rows = [Row(name, as_text(config[name]), "shapes")
             for name in ("latent_channels", "block_out_channels", "layers_per_block")]
     scale = checkpoint.config.get("scaling_factor")
     return [*rows, Row("scaling_factor", str(scale), "config.json")] if scale else rows
@@ -210,17 +198,13 @@ def _tiny(checkpoint: Checkpoint) -> list[Row]:
 
 
 def _lora(checkpoint: Checkpoint) -> list[Row]:
-    down = re.compile(r"(.*)\.(lora_A|lora_down)(\.[\w-]+)?\.weight$")
-    ranks = Counter(tensor.shape[0] for name, tensor in checkpoint.state_dict.items()
-                    if down.match(name))
-    text = ", ".join(f"{rank} ({count} layers)" for rank, count in ranks.most_common())
-    return [Row("rank", text or "no low-rank pairs", "shapes")]
+    return describe_lora(checkpoint.path)
 
 
 def _controlnet(checkpoint: Checkpoint) -> list[Row]:
     parts = split_controlnet(checkpoint.state_dict)
     rows = [Row("layout", parts.layout, "tensor names"),
-            Row("carries its base model", _value(bool(parts.base)), "tensor names")]
+            Row("carries its base model", as_text(bool(parts.base)), "tensor names")]
     try:
         config = detect_controlnet(parts, checkpoint.metadata, checkpoint.config)
     except ValueError as error:
@@ -230,7 +214,7 @@ def _controlnet(checkpoint: Checkpoint) -> list[Row]:
     values = dataclasses.asdict(config)
     rows.append(Row("copied blocks", str(values.pop("depth")), "tensor names"))
     stored = fields_from_metadata(checkpoint.metadata)
-    return rows + [Row(name, _value(value), f"metadata {METADATA_KEY}" if name in stored else
+    return rows + [Row(name, as_text(value), f"metadata {METADATA_KEY}" if name in stored else
                        "its base model" if name in ("variant", "image_size") and parts.base else
                        "shapes" if name != "num_heads" else "width 1152 has 16")
                    for name, value in values.items()]
@@ -240,7 +224,3 @@ _DETAILS: dict[str, Callable[[Checkpoint], list[Row]]] = {
     "t5": _t5, "vae": _vae, "taesd": _tiny, "lora": _lora, "controlnet": _controlnet,
     "controlnet-diffusers": _controlnet,
 }
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _LIMIT else f"{text[:_LIMIT]}... ({len(text)} characters)"
