@@ -1,6 +1,7 @@
 """What loading gives while the host manages memory dynamically; runs in the host's own Python.
 
-Arguments: the repository, the host's folder, a MODEL file, a damaged one, a T5 and a ControlNet.
+Arguments: the repository, the host's folder, a MODEL file, a damaged one, a T5, a ControlNet, and
+JSON of {name: LoRA} and of GGUF files {"model": ..., "t5": ...}, the latter empty without gguf.
 The last line of the output is a JSON object of what was found; see test_dynamic_memory.py.
 
 Dynamic memory management needs a graphics card, so a CPU shows it in two parts: "layers" has the
@@ -13,7 +14,8 @@ import importlib.util
 import json
 import sys
 
-REPOSITORY, HOST, MODEL, DAMAGED, T5, CONTROL = sys.argv[1:]
+REPOSITORY, HOST, MODEL, DAMAGED, T5, CONTROL = sys.argv[1:7]
+LORAS, PACKED = map(json.loads, sys.argv[7:])
 sys.argv = ["main.py", "--cpu"]
 sys.path.insert(0, HOST)
 
@@ -55,8 +57,31 @@ def output(patcher: object, control: object = None) -> torch.Tensor:
                                          control=steered, transformer_options={})
 
 
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
 def states(clip: object) -> torch.Tensor:
     return clip.encode_from_tokens(clip.tokenize("a red circle on blue"))
+
+
+def patched_outputs(load_model: object, load_clip: object, dtype: torch.dtype) -> dict:
+    """What MODELs and CLIPs give with each LoRA and from GGUF files; a LoRA changes no other."""
+    from pack.nodes.host.lora import apply_lora, load_lora
+
+    def with_lora(model: object, path: str) -> torch.Tensor:
+        return output(apply_lora(model, load_lora(path), 1.0)[0])
+
+    model = load_model(MODEL, dtype, None, False)
+    found = {"bare": output(model)}
+    found |= {name: with_lora(model, path) for name, path in LORAS.items()}
+    found["bare again"] = output(model)
+    if PACKED:
+        model = load_model(PACKED["model"], dtype, None, False)
+        found["packed"] = output(model)
+        found["packed lora"] = with_lora(model, LORAS["lora"])
+        found["packed t5"] = states(load_clip(PACKED["t5"]))
+    return found
 
 
 def look(load_model: object, load_clip: object, load_control: object, dtype: torch.dtype,
@@ -110,11 +135,17 @@ def main() -> None:
     for _, dtype in lanes.values():
         plain[dtype, "steered"] = output(load_model(MODEL, dtype), load_control(CONTROL, dtype))
     plain["states"] = states(load_clip(T5))
+    patched = {dtype: patched_outputs(load_model, load_clip, dtype) for _, dtype in lanes.values()}
     comfy.memory_management.aimdo_enabled = True
-    found = {}
+    found = {"effects": {name: [relative(out[name], out[base]) for out in patched.values()]
+                         for name, base in [*((name, "bare") for name in LORAS),
+                                            *([("packed lora", "packed")] if PACKED else [])]}}
     for name, (patcher, dtype) in lanes.items():
         comfy.model_patcher.CoreModelPatcher = patcher
         found[name] = look(load_model, load_clip, load_control, dtype, plain)
+        found[name]["patched"] = {
+            key: relative(value, patched[dtype][key])
+            for key, value in patched_outputs(load_model, load_clip, dtype).items()}
     print(json.dumps(found))
 
 
