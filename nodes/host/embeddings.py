@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import comfy.model_management
@@ -40,9 +40,10 @@ def full_path(name: str) -> str:
     if not name.endswith(_OUTPUT):
         path = folder_paths.get_full_path(FOLDER, name)
     else:
-        part = PurePosixPath(name.removesuffix(_OUTPUT))
+        part = name.removesuffix(_OUTPUT)
         file = Path(folder_paths.get_output_directory(), part)
-        if not part.is_absolute() and ".." not in part.parts and file.is_file():
+        parsed = PureWindowsPath(part)  # which knows slashes, backslashes and drives, anywhere
+        if not parsed.anchor and ".." not in parsed.parts and file.is_file():
             path = str(file)
     if path is None:
         raise ValueError(f"{name} is not in the {FOLDER} folders "
