@@ -7,7 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from .host import files
-from .host.lora import apply_lora, load_lora, lora_fingerprint, report_lora
+from .host.lora import apply_lora, check_lora, load_lora, lora_fingerprint, report_lora
 from .host.schema import CATEGORY, advanced, schema
 from .loaders import check_file
 
@@ -60,7 +60,7 @@ class PixArtLoRALoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None) -> bool | str:
-        return check_file(load_lora, "loras", lora_name)
+        return check_file(check_lora, "loras", lora_name)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_) -> str:

@@ -95,8 +95,16 @@ def apply_lora(model: comfy.model_patcher.ModelPatcher, lora: LoRA,
 
 
 def load_lora(path: str, alpha: float | None = None) -> LoRA:
-    """The LoRA of a file or folder; read again only when one of its files has changed."""
+    """The LoRA of a file or folder; read again only when one of its files has changed.
+
+    The last one alone is kept, for changes of strength: each may be hundreds of megabytes.
+    """
     return _load_once(path, lora_fingerprint(path), alpha)
+
+
+def check_lora(path: str) -> None:
+    """Raise CheckpointError when `path` is no LoRA for PixArt."""
+    _check_once(path, lora_fingerprint(path))
 
 
 def lora_fingerprint(path: str) -> str:
@@ -113,7 +121,12 @@ def report_lora(lora: LoRA, notes: list[str], node_id: str | None) -> str:
     return text
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
+def _check_once(path: str, version: str) -> None:
+    _load_once(path, version, None)
+
+
+@functools.lru_cache(maxsize=1)
 def _load_once(path: str, _fingerprint: str, alpha: float | None) -> LoRA:
     return read_lora(path, alpha=alpha)
 

@@ -203,6 +203,18 @@ def test_a_packed_model(host):
     assert relative(saved(host, "packed_ours"), expected) < 1e-5
 
 
+def test_one_lora_is_kept_in_memory(host, peft_adapter):
+    """The last one read; not another file, and no older version of a file."""
+    adapter = peft_adapter("alpha")
+    base, _ = install(host, adapter, "alpha")
+    for name, scale in (("kept", 0.1), ("kept", 0.2), ("other", 0.1)):
+        file = write(host, "loras", f"{name}.safetensors", random_lora(
+            adapter.weights, ["blocks.0.mlp.fc1"], rank=int(40 * scale), scale=scale))
+        graph, model = start(base)
+        graph.add("ProbeInstances", class_name="LoRA", after=ours(graph, model, file))
+        assert host.run(graph).json("ProbeInstances") == 1
+
+
 def test_a_folder_stands_for_its_files(host, peft_adapter):
     install(host, peft_adapter("alpha"), "alpha")
     listed = [name for name in choices(host, "PixArtLoRALoader", "lora_name")

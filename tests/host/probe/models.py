@@ -1,5 +1,6 @@
 """What the host holds in memory, and what a MODEL, CLIP or VAE is made of."""
 
+import gc
 import sys
 from unittest import mock
 
@@ -74,6 +75,24 @@ class ProbeConstructedClip:
         return report({"constructed": found, "bytes": end["bytes"], "devices": end["devices"]})
 
 
+class ProbeInstances:
+    """How many objects of a class are alive, once `after` has been computed."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"class_name": ("STRING", {"default": ""})},
+                "optional": {"after": (ANY,)}}
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    def run(self, class_name, after=None):
+        gc.collect()
+        return report(sum(type(thing).__name__ == class_name for thing in gc.get_objects()))
+
+
 class ProbeModelInfo:
     """A MODEL, CLIP, VAE or CONTROL_NET described as JSON."""
 
@@ -134,4 +153,4 @@ def _name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-NODES = (ProbeConstructedClip, ProbeMemory, ProbeModelInfo)
+NODES = (ProbeConstructedClip, ProbeInstances, ProbeMemory, ProbeModelInfo)
