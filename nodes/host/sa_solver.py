@@ -25,7 +25,8 @@ def sample_sa_solver(model: Any, x: Tensor, sigmas: Tensor,
     """The engine's SA-Solver with the signature of the host's samplers.
 
     A step is stochastic, with `eta`, where the timestep that the model is told at its start is
-    200 to 800.
+    200 to 800. Latents come back variance exploding, as from the host's own samplers: the engine's
+    last factor, sqrt(alpha-bar) at timestep 0 (1 - 5e-5), is left out.
     """
     extra_args = extra_args or {}
     schedule = model.inner_model.model_patcher.get_model_object("model_sampling")
