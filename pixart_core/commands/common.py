@@ -13,6 +13,13 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from .. import __version__
@@ -66,9 +73,29 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
     return fields
 
 
+def progress_bars(on: Console, *, hidden: bool = False) -> Progress:
+    """Bars with count and time left; `hidden` ones leave nothing behind and need a terminal."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                    TimeRemainingColumn(), console=on, transient=hidden,
+                    disable=hidden and not on.is_terminal)
+
+
+def device_of(wanted: str) -> torch.device:
+    """The device that --device names; ValueError for a CUDA that PyTorch does not find."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ValueError("--device cuda: this PyTorch finds no CUDA device; use --device cpu")
+    return torch.device(wanted if wanted != "auto" else "cuda" if available else "cpu")
+
+
 def flag(*names: str, help: str, **settings: Any) -> Any:
     """typer.Option whose help is shown as it is written: [words in brackets] are not markup."""
     return typer.Option(*names, help=escape(help), **settings)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of a text with commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def one_of(option: str, value: str, choices: tuple[str, ...]) -> str:

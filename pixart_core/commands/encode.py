@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from ..starter import find_starter
-from .common import DTYPES, console, flag, one_of, plain_errors
+from .common import DTYPES, console, device_of, flag, one_of, plain_errors
 
 _MAX_TOKENS = 300
 
@@ -49,7 +48,7 @@ def encode(
         if tokenizer is not None and t5 is None:
             raise typer.BadParameter("--tokenizer needs --t5")
         t5, model = _files(t5, tokenizer, model)
-        place = _device(device)
+        place = device_of(device)
         name = ("float32" if place.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
         limit = max_tokens or _limit(model)
 
@@ -88,10 +87,3 @@ def _limit(model: Path | None) -> int:
     from ..load import read_transformer
 
     return read_transformer(model, {}).config.max_tokens
-
-
-def _device(wanted: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ValueError("--device cuda: this PyTorch finds no CUDA device; use --device cpu")
-    return torch.device(wanted if wanted != "auto" else "cuda" if available else "cpu")

@@ -8,19 +8,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from .. import __version__
 from ..model.controlnet import CONTROL_MODES
 from ..png import check_png_path, read_settings, write_png
 from ..settings import GRIDS, SAMPLERS, Settings
-from .common import DTYPES, console, errors, flag, one_of, parse_fields, plain_errors
+from .common import (
+    DTYPES,
+    console,
+    errors,
+    flag,
+    one_of,
+    parse_fields,
+    plain_errors,
+    progress_bars,
+)
 from .loras import choose_loras, record_of
 from .sources import (
     Sources,
@@ -224,10 +226,7 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
     if sources.starter:
         console.print("no model named: drawing with the starter model, which knows one coloured "
                       "shape on a coloured background at 64 px", style="dim", soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True,
-                  disable=not errors.is_terminal) as progress:
+    with progress_bars(errors, hidden=True) as progress:
         task = progress.add_task("loading", total=None)
         pipeline = Pipeline.from_files(
             transformer=sources.transformer, t5=sources.t5, vae=sources.vae,

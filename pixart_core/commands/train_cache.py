@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from ..checkpoint import sha256_file
 from ..config import VARIANTS
-from .common import DTYPES, console, errors, flag, one_of, plain_errors
+from .common import (
+    DTYPES,
+    console,
+    device_of,
+    errors,
+    flag,
+    one_of,
+    plain_errors,
+    progress_bars,
+)
 
 if TYPE_CHECKING:
     from ..training.data import CacheReport
@@ -89,7 +91,7 @@ def cache(
         for path in (images, t5, vae, model, tokenizer, hed):
             if path is not None and not path.exists():
                 raise ValueError(f"{path} does not exist")
-        place = _device(device)
+        place = device_of(device)
         variant, image_size, max_tokens = _target(model, variant, image_size, max_tokens)
 
         from ..model.hed import HEDDetector
@@ -108,10 +110,7 @@ def cache(
             max_upscale=max_upscale, batch_size=batch_size, low_memory=turns, device=place,
             skip_bad=skip_bad, verify=verify, workers=workers, vae_sha256=sha256_file(vae),
             t5_sha256=sha256_file(t5), hed_sha256=None if hed is None else sha256_file(hed))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                   TimeRemainingColumn())
-        with Progress(*columns, console=errors, transient=True,
-                      disable=not errors.is_terminal) as progress:
+        with progress_bars(errors, hidden=True) as progress:
             tasks = {"images": progress.add_task("pictures", total=None),
                      "captions": progress.add_task("captions", total=None)}
             report = build_cache(
@@ -136,13 +135,6 @@ def _target(model: Path | None, variant: str | None, image_size: int | None,
     if variant is None or image_size is None:
         raise typer.BadParameter("name the --model to train, or --variant and --image-size")
     return one_of("--variant", variant, tuple(VARIANTS)), image_size, max_tokens
-
-
-def _device(wanted: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ValueError("--device cuda: this PyTorch finds no CUDA device; use --device cpu")
-    return torch.device(wanted if wanted != "auto" else "cuda" if available else "cpu")
 
 
 def _show(report: CacheReport, out: Path) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .common import console, plain_errors
+from .common import console, plain_errors, progress_bars
 
 _ABOUT = {
     "base": "Train or fine-tune a model: noise prediction and learned variance.",
@@ -112,8 +111,7 @@ class _Bar:
     """Tells how a run goes: a bar on a terminal, now and then a line elsewhere."""
 
     def __init__(self) -> None:
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                             TimeRemainingColumn(), console=console)
+        self._bar = progress_bars(console)
         self._task = self._bar.add_task("training", total=None)
         self._said = -1
         self._steps = 0
