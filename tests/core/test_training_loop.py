@@ -10,64 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from training_samples import MemorySamples
+from training_samples import DENOISERS, MemorySamples, files_equal, losses, start, write_model
 
 import pixart_core as pc
 from pixart_core.checkpoint.header import CheckpointError
 from pixart_core.training import checkpoint as run_checkpoint
 from pixart_core.training.checkpoint import checkpoints_in, pack_optimizer, unpack_optimizer
-from pixart_core.training.curves import grid, read_curves
+from pixart_core.training.curves import grid
 from pixart_core.training.loop import train
 from pixart_core.training.optimizers import learning_rate
-from pixart_core.training.recipes import RECIPES, recipe_settings
+from pixart_core.training.recipes import recipe_settings
 from pixart_core.training.settings import RunSettings
-
-SMALL = {"hidden_size": 16, "depth": 3, "num_heads": 2, "mlp_hidden_size": 32,
-         "caption_channels": 24, "max_tokens": 5}
-DENOISERS = ("base", "lcm", "lcm-lora", "controlnet", "lora")
-QUICK = {"batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2, "log_every": 1,
-         "sample_every": 0, "precision": "no", "gradient_checkpointing": False,
-         "max_grad_norm": 1.0}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint of random weights, none of them zero."""
-    config = pc.PixArtConfig(**SMALL)
-    net = pc.PixArtTransformer(config)
-    g = torch.Generator().manual_seed(3)
-    for tensor in [*net.parameters(), *net.buffers()]:
-        tensor.data = 0.2 * torch.randn(tensor.shape, generator=g)
-    path = tmp_path_factory.mktemp("training") / "model.safetensors"
-    pc.write_checkpoint(path, net.state_dict(), {"pixart_config": config.to_json()})
-    return path
-
-
-def start(name, out, model, samples=None, **changes):
-    """A small recipe on samples in memory, ready for `train`."""
-    own = {"teacher": model} if name.startswith("lcm") else {"model": model}
-    if name == "lcm-lora" or name == "lora":
-        own["rank"] = 2
-    if name == "controlnet":
-        own["depth"] = 2
-    if name.startswith("lcm"):
-        own["teacher_dtype"] = "float32"
-    settings = recipe_settings(name, QUICK | own | {"out": out, "data": out} | changes)
-    return RECIPES[name][0](settings, samples or MemorySamples(control=True))
-
-
-def losses(out):
-    return [point["loss"] for point in read_curves(out)]
-
-
-def files_equal(first, second):
-    (a, b) = ({p.name: load_file(p) for p in folder.glob("*.safetensors")}
-              for folder in (first, second))
-    assert a.keys() == b.keys() and a
-    return all(a[file].keys() == b[file].keys() and
-               all(torch.equal(tensor, b[file][name]) for name, tensor in a[file].items())
-               for file in a)
+    return write_model(tmp_path_factory.mktemp("training") / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", DENOISERS)
@@ -122,11 +80,11 @@ def test_a_recipe_learns_what_it_sees_again_and_again(name, model, tmp_path):
 SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
-import test_training_loop as t
 from pathlib import Path
+from training_samples import start
 from pixart_core.training.loop import train
-for name in {names!r}:
-    train(t.start(name, Path({out!r}) / name, Path({model!r}), steps=3, batch_size=2))
+for name, changes in {jobs!r}.items():
+    train(start(name, Path({out!r}) / name, Path({model!r}), steps=3, batch_size=2, **changes))
 """
 
 
@@ -154,12 +112,13 @@ def _free_port():
 
 def test_two_processes_train_as_one_with_twice_the_batch(model, tmp_path):
     """Protects training on several devices: losses within 1e-5 of those of one process."""
-    here, names = Path(__file__).parent, ("lcm", "controlnet")
+    here = Path(__file__).parent
+    jobs = {"lcm": {}, "controlnet": {}, "lora": {"class_data": "class"}}
     paths = [str(here), str(here.parents[1])]
-    _run(SCRIPT.format(paths=paths, names=names, out=str(tmp_path / "two"), model=str(model)),
+    _run(SCRIPT.format(paths=paths, jobs=jobs, out=str(tmp_path / "two"), model=str(model)),
          _free_port())
-    for name in names:
-        train(start(name, tmp_path / "one" / name, model, steps=3, batch_size=4))
+    for name, changes in jobs.items():
+        train(start(name, tmp_path / "one" / name, model, steps=3, batch_size=4, **changes))
         one, two = (losses(tmp_path / count / name) for count in ("one", "two"))
         assert len(one) == len(two) == 3
         assert all(abs(a - b) < 1e-5 * abs(a) for a, b in zip(one, two, strict=True))
