@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..png import check_png_path
 from ..settings import SAMPLERS
 from .common import (
     DTYPES,
@@ -46,7 +48,7 @@ def evaluate(
     hed: Annotated[Path | None, flag(
         help="HED edge detector: hints are what it finds in the renders. [exact outlines]")] = None,
     strengths: Annotated[str, flag(
-        help="Control strengths to try; 0 is without.")] = "0,0.25,0.5,0.75,1,1.5",
+        help="Control strengths to try; 0 is without.")] = "0,0.25,0.5,0.75,1,1.5,2",
     prompts: Annotated[int, flag(help="Held-out prompts.")] = 128,
     kinds: Annotated[str, flag(
         help="What the prompts are of, in equal shares: one, two, counts.")] = "one",
@@ -64,6 +66,9 @@ def evaluate(
     judged: Annotated[int, flag(
         "--judge", help="True renders to measure the judge itself on; 0 for none.")] = 512,
     out: Annotated[Path | None, flag("--json", help="Write every number to this file.")] = None,
+    plot: Annotated[Path | None, flag(
+        help="Draw edge F-score and prompt accuracy over the strengths into this PNG, and write "
+             "its numbers to a .csv beside it.")] = None,
     device: Annotated[str, flag(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, flag(
         help="auto, float32, bfloat16 or float16. [auto: float32 on the CPU]")] = "auto",
@@ -97,6 +102,8 @@ def evaluate(
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"the folder {out.parent} does not exist")
         steered = [_strength(value) for value in listed(strengths)]
+        if plot is not None:
+            _check_plot(plot, controlnet, steered)
 
         from ..training.evaluate import DrawSettings
         from ..training.scenes import SceneSettings
@@ -123,10 +130,9 @@ def evaluate(
             result["draw"] = vars(draw)
             result |= _model(pipeline, prompts, drawn, draw, scene_seed)
             if controlnet is not None:
-                result["control"] = _control(pipeline, prompts, drawn, draw, scene_seed, steered,
-                                             hed)
+                result |= _control(pipeline, prompts, drawn, draw, scene_seed, steered, hed, plot)
         if out is not None:
-            _write(out, json.dumps(result, indent=2))
+            _write(out, json.dumps(result, indent=2).encode())
 
 
 def _judge(count: int, drawn: SceneSettings, seed: int) -> dict[str, Any]:
@@ -153,11 +159,12 @@ def _model(pipeline: Pipeline, count: int, drawn: SceneSettings, draw: DrawSetti
 
 
 def _control(pipeline: Pipeline, count: int, drawn: SceneSettings, draw: DrawSettings, seed: int,
-             strengths: list[float], hed: Path | None) -> list[dict[str, Any]]:
+             strengths: list[float], hed: Path | None, plot: Path | None) -> dict[str, Any]:
     from ..model.hed import HEDDetector
-    from ..training.evaluate import evaluate_control, held_out_prompts
+    from ..training.evaluate import control_limits, evaluate_control, held_out_prompts
 
     prompts = held_out_prompts(count, seed, drawn, ("background", "color"))
+    limits = control_limits(pipeline.vae, prompts, draw.batch_size)
     detector = None if hed is None else HEDDetector.from_path(hed)
     with progress_bars(errors, hidden=True) as progress:
         task = progress.add_task("drawing with control", total=count * len(strengths))
@@ -165,16 +172,43 @@ def _control(pipeline: Pipeline, count: int, drawn: SceneSettings, draw: DrawSet
         for strength in strengths:
             rows += evaluate_control(pipeline, prompts, draw, [strength], detector)
             progress.advance(task, count)
-    table = Table("control", "edge F1", "precision", "recall", "colour", "background",
+    table = Table("control", "edge F1", "precision", "recall", "colour", "background", "all",
                   title=f"{count} outlines, prompts without size and place", box=None,
                   header_style="bold")
-    for row in rows:
+    named = {f"{row.strength:g}" if row.strength else "none": row for row in rows}
+    for name, row in (limits | named).items():
         words = row.report.rows["all"]
-        table.add_row(f"{row.strength:g}" if row.strength else "none",
-                      f"{row.f1:.3f} ± {row.f1_error:.3f}", f"{row.precision:.3f}",
-                      f"{row.recall:.3f}", str(words["color"]), str(words["background"]))
+        table.add_row(name, f"{row.f1:.3f} ± {row.f1_error:.3f}", f"{row.precision:.3f}",
+                      f"{row.recall:.3f}", str(words["color"]), str(words["background"]),
+                      str(words["all"]))
     console.print(table)
-    return [row.to_dict() for row in rows]
+    if plot is not None:
+        _plot(plot, rows, limits)
+    return {"control": [row.to_dict() for row in rows],
+            "control_limits": {name: row.to_dict() for name, row in limits.items()}}
+
+
+def _check_plot(plot: Path, controlnet: Path | None, strengths: list[float]) -> None:
+    """Everything that could keep a chart from being written, before hours of drawing."""
+    from ..training.chart import check_chart
+
+    if controlnet is None:
+        raise typer.BadParameter("--plot needs --controlnet: it shows control strengths")
+    if not strengths:
+        raise typer.BadParameter("--plot needs --strengths")
+    check_png_path(plot)
+    check_chart()
+
+
+def _plot(path: Path, rows: list[ControlRow], limits: dict[str, ControlRow]) -> None:
+    from ..training.sweep import sweep_chart, sweep_table
+
+    png = io.BytesIO()
+    sweep_chart(rows, limits).save(png, "PNG")
+    for target, content in ((path, png.getvalue()),
+                            (path.with_suffix(".csv"), sweep_table(rows, limits).encode())):
+        _write(target, content)
+        console.print(f"wrote {target}", highlight=False, soft_wrap=True)
 
 
 def _table(title: str, reports: dict[str, Report]) -> None:
@@ -202,11 +236,11 @@ def _strength(text: str) -> float:
     return value
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     """The file whole or not at all."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

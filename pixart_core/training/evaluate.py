@@ -37,11 +37,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ControlRow", "Detected", "DetectedObject", "DrawSettings", "EdgeAgreement", "Prompt", "Report",
-    "Scores", "Share", "ceiling", "detect", "detect_all", "draw_pictures", "edge_agreement",
-    "evaluate", "evaluate_control", "held_out_prompts", "judge_rates", "report", "score",
+    "Scores", "Share", "ceiling", "control_limits", "detect", "detect_all", "draw_pictures",
+    "edge_agreement", "evaluate", "evaluate_control", "held_out_prompts", "judge_rates", "report",
+    "score",
 ]
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 Progress = Callable[[int, int], None]
 
 
@@ -71,9 +72,12 @@ class DrawSettings:
 
 @dataclass(frozen=True)
 class ControlRow:
-    """Pictures at one control strength: mean edge shares, F1's standard error, and attributes."""
+    """Pictures at one control strength: mean edge shares, F1's standard error, and attributes.
 
-    strength: float
+    `strength` is None for pictures that no model drew.
+    """
+
+    strength: float | None
     precision: float
     recall: float
     f1: float
@@ -113,11 +117,7 @@ def evaluate(pipeline: Pipeline, prompts: Sequence[Prompt], settings: DrawSettin
 def ceiling(vae: VAE, prompts: Sequence[Prompt], batch_size: int = 32) -> Report:
     """The same scores for the true renders after encoding and decoding: no model does better."""
     true = renders([p.scene for p in prompts])
-    decoded: dict[int, Tensor] = {}
-    for rows in _batches(prompts, batch_size):
-        images = vae.decode(vae.encode(torch.stack([true[i] for i in rows]))).cpu()
-        decoded.update(zip(rows, images, strict=True))
-    return _report(prompts, [decoded[i] for i in range(len(prompts))])
+    return _report(prompts, _through(vae, prompts, true, batch_size))
 
 
 def draw_pictures(pipeline: Pipeline, prompts: Sequence[Prompt],
@@ -154,7 +154,7 @@ def evaluate_control(pipeline: Pipeline, prompts: Sequence[Prompt],
     agreement is measured with the exact outline in any case. Prompts should leave out size and
     place (`held_out_prompts(..., attributes=("background", "color"))`), or words alone may do.
     """
-    truth = [outline([p.scene])[0] for p in prompts]
+    truth = _outlines(prompts)
     if hed is None:
         hints = [edges.expand(3, -1, -1) for edges in truth]
     else:
@@ -165,14 +165,44 @@ def evaluate_control(pipeline: Pipeline, prompts: Sequence[Prompt],
     for strength in strengths:
         steer = None if strength == 0 else hints
         pictures = draw_pictures(pipeline, prompts, settings, steer, strength, progress)
-        edges = [edge_agreement(*pair) for pair in zip(pictures, truth, strict=True)]
-        f1 = torch.tensor([e.f1 for e in edges])
-        error = (f1.std() / math.sqrt(len(f1))).item() if len(f1) > 1 else 0.0
-        rows.append(ControlRow(
-            strength, sum(e.precision for e in edges) / len(edges),
-            sum(e.recall for e in edges) / len(edges), f1.mean().item(), error,
-            _report(prompts, pictures)))
+        rows.append(_control_row(strength, prompts, pictures, truth))
     return rows
+
+
+def control_limits(vae: VAE, prompts: Sequence[Prompt],
+                   batch_size: int = 32) -> dict[str, ControlRow]:
+    """The numbers of `evaluate_control` for the true renders, and for them after the VAE.
+
+    The first are below 1 by what the judge itself gets wrong; no model passes the second.
+    """
+    truth, true = _outlines(prompts), renders([p.scene for p in prompts])
+    decoded = _through(vae, prompts, true, batch_size)
+    return {"ground truth": _control_row(None, prompts, true, truth),
+            "VAE ceiling": _control_row(None, prompts, decoded, truth)}
+
+
+def _control_row(strength: float | None, prompts: Sequence[Prompt], pictures: Sequence[Tensor],
+                 truth: Sequence[Tensor]) -> ControlRow:
+    edges = [edge_agreement(*pair) for pair in zip(pictures, truth, strict=True)]
+    f1 = torch.tensor([e.f1 for e in edges])
+    error = (f1.std() / math.sqrt(len(f1))).item() if len(f1) > 1 else 0.0
+    return ControlRow(strength, sum(e.precision for e in edges) / len(edges),
+                      sum(e.recall for e in edges) / len(edges), f1.mean().item(), error,
+                      _report(prompts, pictures))
+
+
+def _outlines(prompts: Sequence[Prompt]) -> list[Tensor]:
+    return [outline([p.scene])[0] for p in prompts]
+
+
+def _through(vae: VAE, prompts: Sequence[Prompt], images: Sequence[Tensor],
+             batch_size: int) -> list[Tensor]:
+    """What the VAE makes of a picture for each prompt."""
+    decoded: dict[int, Tensor] = {}
+    for rows in _batches(prompts, batch_size):
+        made = vae.decode(vae.encode(torch.stack([images[i] for i in rows]))).cpu()
+        decoded.update(zip(rows, made, strict=True))
+    return [decoded[i] for i in range(len(prompts))]
 
 
 def _report(prompts: Sequence[Prompt], pictures: Sequence[Tensor]) -> Report:
