@@ -1,0 +1,103 @@
+"""One quantised linear layer: what is stored, what it computes, and adding a LoRA to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import int4
+
+RANK_MULTIPLE = 16  # kernels read the low-rank branch in tiles of 16
+
+
+@dataclasses.dataclass(frozen=True)
+class SVDQuantLayer:
+    """A linear layer N <- K in 4 bits with a low-rank branch of rank r in 16 bits.
+
+    y = q4(x / smooth_factor) deq(qweight)^T + (x proj_down) proj_up^T + bias
+
+    qweight (N, K/2) int8: two codes -7..7 per byte, the low nibble the even column
+    weight_scale (K/64, N), smooth_factor (K,), proj_down (K, r), proj_up (N, r), bias (N,) or
+    None: all of one 16-bit dtype. `proj_down` multiplies x itself, neither smoothed nor shifted.
+    act_unsigned: x is shifted by 0.171875 before q4, whose codes are 0..15; `bias` already takes
+    the shift out again.
+    """
+
+    qweight: Tensor
+    weight_scale: Tensor
+    smooth_factor: Tensor
+    proj_down: Tensor
+    proj_up: Tensor
+    bias: Tensor | None
+    act_unsigned: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return self.qweight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.smooth_factor.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.proj_down.shape[1]
+
+    def residual(self) -> Tensor:
+        """The weight (N, K) float32 that the 4-bit codes stand for; its input is smoothed."""
+        return int4.scale_codes(int4.unpack(self.qweight).float(), self.weight_scale.float().T)
+
+
+@torch.no_grad()
+def layer_output(layer: SVDQuantLayer, x: Tensor) -> Tensor:
+    """The layer applied to x (..., K): (..., N) in float32, from what is stored."""
+    x = x.float()
+    quantized = int4.fake_quantize_activations(x, layer.smooth_factor, layer.act_unsigned)
+    bias = None if layer.bias is None else layer.bias.float()
+    low_rank = (x @ layer.proj_down.float()) @ layer.proj_up.float().T
+    return F.linear(quantized, layer.residual(), bias) + low_rank
+
+
+@torch.no_grad()
+def output_error(weight: Tensor, bias: Tensor | None, layer: SVDQuantLayer, x: Tensor) -> float:
+    """|layer(x) - (x weight^T + bias)| / |x weight^T + bias| in the Frobenius norm, in float32."""
+    exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return relative_error(layer_output(layer, x), exact)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """|found - exact| / |exact|; 0 where both are zero, infinite where only `exact` is."""
+    distance, size = (found - exact).norm().item(), exact.norm().item()
+    if size == 0:
+        return 0.0 if distance == 0 else float("inf")
+    return distance / size
+
+
+@torch.no_grad()
+def widen(layer: SVDQuantLayer, down: Tensor, up: Tensor, strength: float = 1.0) -> SVDQuantLayer:
+    """The layer plus `strength` x down up^T, as further ranks: nothing is quantised again.
+
+    down (K, r') and up (N, r') are those of a LoRA: y + strength (x down) up^T. The rank is then
+    filled up with zeros to a multiple of 16. Strength 0 gives the layer itself.
+    Raises ValueError where the shapes do not fit the layer.
+    """
+    rank = down.shape[-1]
+    expected = (layer.in_features, rank), (layer.out_features, rank)
+    if (tuple(down.shape), tuple(up.shape)) != expected:
+        raise ValueError(f"a LoRA of down {tuple(down.shape)} and up {tuple(up.shape)} given for "
+                         f"a layer of {layer.in_features} inputs and {layer.out_features} "
+                         "outputs; expected down (inputs, rank) and up (outputs, rank)")
+    if strength == 0:
+        return layer
+    padding = -(layer.rank + rank) % RANK_MULTIPLE
+    return dataclasses.replace(
+        layer, proj_down=_append(layer.proj_down, down.float(), padding),
+        proj_up=_append(layer.proj_up, up.float() * strength, padding))
+
+
+def _append(columns: Tensor, more: Tensor, padding: int) -> Tensor:
+    """Columns of two matrices side by side, then `padding` columns of zeros."""
+    return F.pad(torch.cat([columns, more.to(columns)], dim=1), (0, padding))
