@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +70,11 @@ def output_error(weight: Tensor, bias: Tensor | None, layer: SVDQuantLayer, x: T
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact|; 0 where both are zero, infinite where only `exact` is."""
+    """|found - exact| / |exact|, 0 where both are zero; infinite where that is not a number."""
     distance, size = (found - exact).norm().item(), exact.norm().item()
-    if size == 0:
-        return 0.0 if distance == 0 else float("inf")
-    return distance / size
+    if distance == 0:
+        return 0.0
+    return distance / size if size and math.isfinite(distance) else math.inf
 
 
 @torch.no_grad()

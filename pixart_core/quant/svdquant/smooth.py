@@ -6,6 +6,7 @@ that W lambda has in return (SVDQuant, arXiv 2411.05007, section 4.1; SmoothQuan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def search_smooth(calibration: Calibration, rank: int, seed: int = 0,
     """The exponents (alpha, beta) of least output error, the low-rank branch being present.
 
     No smoothing is always tried and wins a tie: the result is never worse. Rank 0 searches
-    without a branch.
+    without a branch. Raises ValueError where the weight does not fit the storage dtype.
     """
     x_span = input_spans(calibration.x, calibration.act_unsigned)
     w_span = calibration.weight.abs().amax(0)
@@ -75,4 +76,7 @@ def search_smooth(calibration: Calibration, rank: int, seed: int = 0,
         errors[pair] = smoothed.error(branch, smoothed.rounded_residual(branch))
         if best is None or errors[pair] < errors[best.exponents]:
             best = SmoothSearch(smoothed, pair, errors)
+    if not math.isfinite(errors[best.exponents]):
+        raise ValueError(f"a weight with numbers as large as {calibration.weight.abs().max():.3g} "
+                         f"given, too large for {calibration.dtype}; choose torch.bfloat16")
     return best
