@@ -103,24 +103,38 @@ def load_run(folder: Path, recipe: Recipe, optimizer: torch.optim.Optimizer) -> 
 
 
 def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as named tensors and JSON, so that no pickle is needed."""
+    """An optimiser's state as named tensors and JSON, so that no pickle is needed.
+
+    A tensor's name is that of its parameter and its own, `3.exp_avg`, with that of a dict around
+    it between them: bitsandbytes keeps its 8-bit state in one.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state_dict["state"].items():
         for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                scalars.setdefault(str(index), {})[name] = value
+            inner = value if isinstance(value, dict) else {"": value}
+            for own, entry in inner.items():
+                if isinstance(entry, Tensor):
+                    tensors[".".join(filter(None, (str(index), name, own)))] = entry
+            rest = {own: entry for own, entry in inner.items() if not isinstance(entry, Tensor)}
+            if isinstance(value, dict) or rest:
+                scalars.setdefault(str(index), {})[name] = rest if value is inner else value
     return tensors, {"state": scalars, "param_groups": state_dict["param_groups"]}
 
 
 def unpack_optimizer(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, Any]:
     """What `pack_optimizer` was given."""
-    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in scalars["state"].items()}
+    state: dict[int, dict[str, Any]] = {
+        int(index): {name: dict(value) if isinstance(value, Mapping) else value
+                     for name, value in values.items()}
+        for index, values in scalars["state"].items()}
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        index, name, *own = key.split(".")
+        values = state.setdefault(int(index), {})
+        if own:
+            values[name][".".join(own)] = tensor
+        else:
+            values[name] = tensor
     groups = [{name: tuple(value) if name == "betas" else value for name, value in group.items()}
               for group in scalars["param_groups"]]
     return {"state": dict(sorted(state.items())), "param_groups": groups}

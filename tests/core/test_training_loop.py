@@ -271,6 +271,25 @@ def test_optimizer_states_survive_without_pickle():
         assert all(torch.equal(state["state"][index][name], v) for name, v in values.items())
 
 
+def test_a_state_within_a_state_survives_too():
+    """Protects the 8-bit optimiser, which keeps what it packed in a dict of its own: no checkpoint
+    could be written. Parameters without one have plain tensors beside it."""
+    packed = {"state1": torch.arange(4, dtype=torch.uint8), "qmap1": torch.rand(256), "note": None}
+    given = {"state": {0: {"step": 7, "quantized": packed}, 1: {"step": 7, "quantized": {}},
+                       2: {"step": torch.tensor(7.0), "exp_avg": torch.rand(3)}},
+             "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1, 2]}]}
+    tensors, scalars = pack_optimizer(given)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+    back = unpack_optimizer(tensors, json.loads(json.dumps(scalars)))
+    assert back["param_groups"] == given["param_groups"]
+    found, own = back["state"][0]["quantized"], back["state"][2]
+    assert found.keys() == packed.keys() and found["note"] is None and back["state"][0]["step"] == 7
+    assert torch.equal(found["state1"], packed["state1"])
+    assert torch.equal(found["qmap1"], packed["qmap1"])
+    assert back["state"][1] == {"step": 7, "quantized": {}}
+    assert torch.equal(own["exp_avg"], given["state"][2]["exp_avg"]) and own["step"] == 7
+
+
 def test_the_learning_rate_warms_up_and_falls():
     settings = RunSettings(out=Path("x"), steps=100, learning_rate=1.0, warmup_steps=9,
                            schedule="cosine")
