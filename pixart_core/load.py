@@ -22,7 +22,7 @@ from .checkpoint.read import Checkpoint, CheckpointError, read_checkpoint, unwra
 from .config import PixArtConfig
 from .model.attention import AttentionFunction
 from .model.transformer import PixArtTransformer
-from .quant import PackedTensor, pack_linears, packed_operations
+from .quant import StoredWeight, pack_linears, packed_operations
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +35,15 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class OpenedTransformer(NamedTuple):
     """Native tensors, the config they belong to, whether they are mapped to a file, its name.
 
-    `packed` are the block-quantised weights of a GGUF file; `state_dict` has placeholders on the
-    meta device in their place.
+    `packed` are the quantised weights; `state_dict` has placeholders on the meta device in their
+    place.
     """
 
     state_dict: dict[str, Tensor]
     config: PixArtConfig
     mapped: bool
     source: str
-    packed: Mapping[str, PackedTensor] = MappingProxyType({})
+    packed: Mapping[str, StoredWeight] = MappingProxyType({})
 
 
 def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
@@ -56,8 +56,8 @@ def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
 
     Raises CheckpointError for unreadable files, other kinds of models, and weights that are
     missing, left over, of the wrong shape, or not finite (skipped with `check_finite=False`, and
-    for 8-bit weights); ValueError where the config cannot be known. Quantised weights of GGUF
-    files become float32 here.
+    for 8-bit weights); ValueError where the config cannot be known. Quantised weights become
+    float32 here.
     """
     opened = read_transformer(path_or_state_dict, fields)
     opened.state_dict.update((name, packed.dense()) for name, packed in opened.packed.items())
@@ -73,10 +73,10 @@ def load_transformer(path_or_state_dict: Source, dtype: torch.dtype | None = Non
                      **fields: Any) -> PixArtTransformer:
     """A PixArt transformer in eval mode, from anything `open_transformer` takes; raises the same.
 
-    `dtype` None keeps the file's own (bfloat16 for 8-bit float files and for quantised GGUF files).
+    `dtype` None keeps the file's own (bfloat16 for 8-bit float files and for quantised ones).
     There is never a second copy of the weights: the module is built without memory and takes the
-    tensors over, converted one by one where dtype or device differ. Quantised weights of a GGUF
-    file stay packed and are unpacked layer by layer in the forward pass.
+    tensors over, converted one by one where dtype or device differ. Quantised weights stay as they
+    are stored and are used layer by layer in the forward pass.
     """
     opened = read_transformer(path_or_state_dict, fields)
     if dtype is None:
@@ -131,7 +131,7 @@ def require_finite(name: str, tensor: Tensor, source: str) -> None:
                               "damaged, or the training that wrote it diverged")
 
 
-def require_finite_packed(name: str, packed: PackedTensor, source: str) -> None:
+def require_finite_packed(name: str, packed: StoredWeight, source: str) -> None:
     """As `require_finite`, for a packed weight: its scales are looked at."""
     if not packed.is_finite():
         raise CheckpointError(f"{source}: {name} ({packed.packing}) has scales that are NaN or "
@@ -156,8 +156,7 @@ def assign_weights(model: torch.nn.Module, opened: OpenedTransformer,
         if name in opened.packed:
             packed = opened.packed[name]
             require_finite_packed(name, packed, opened.source)
-            pack_linears(model, {name: packed.to(device, copy=copy)})
-            weights[name] = model.get_parameter(name)
+            weights |= pack_linears(model, {name: packed.to(device, copy=copy)})
             continue
         require_finite(name, tensor, opened.source)
         weights[name] = tensor.to(device=device, dtype=dtype, copy=copy)

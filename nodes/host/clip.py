@@ -27,7 +27,7 @@ from ...pixart_core.checkpoint.folder import neighbour_index
 from ...pixart_core.quant import pack_linears
 from ...pixart_core.text.t5_file import T5Config, T5File, inspect_t5, read_t5
 from ...pixart_core.text.tokenizer import CaptionTokenizer
-from . import gguf, memory
+from . import gguf, memory, packed
 from .files import fingerprint
 from .schema import known_arguments
 
@@ -82,7 +82,7 @@ def _read_clip(path: str, device: str, disable_dynamic: bool) -> comfy.sd.CLIP:
     if path.lower().endswith(gguf.SUFFIX):
         # float16 for the embedding table and the norms; the host computes T5 in float32
         return _build_clip(read_t5(path, torch.float16), embeddings,
-                           {**options, "custom_operations": gguf.GGUFOperations}, True)
+                           {**options, "custom_operations": packed.PackedOperations}, True)
     if inspect_t5(path).d_model != XXL_WIDTH:
         return _build_clip(read_t5(path), embeddings, options, disable_dynamic)
     stock = {"embedding_directory": embeddings, "clip_type": comfy.sd.CLIPType.PIXART,
@@ -176,11 +176,10 @@ def _build_clip(file: T5File, embeddings: list[str], options: dict[str, Any],
 def _take_packed(clip: comfy.sd.CLIP, file: T5File) -> None:
     """Give a CLIP without weights those of a file, some packed, and manage them as such."""
     network = clip.cond_stage_model.t5xxl.transformer
-    pack_linears(network, file.packed)
-    weights = {name: network.get_parameter(name) for name in file.packed} | file.state_dict
+    weights = pack_linears(network, file.packed) | file.state_dict
     network.load_state_dict(weights, strict=True, assign=True)
     network.to(clip.patcher.offload_device)
-    clip.patcher = gguf.managed_packed(clip.patcher)
+    clip.patcher = packed.managed_packed(clip.patcher)
 
 
 def _dtype(state_dict: dict[str, Tensor]) -> torch.dtype:

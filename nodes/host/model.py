@@ -29,7 +29,7 @@ from ...pixart_core.load import (
 from . import memory
 from .conds import AreaCond, CaptionCond, CaptionMaskCond, caption_mask
 from .files import fingerprint
-from .gguf import GGUFOperations, PackedPatcher, refuse_saving
+from .packed import PackedOperations, PackedPatcher, refuse_saving
 from .transformer import WRONG_CONTROL, HostTransformer
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def model_from(opened: OpenedTransformer, dtype: torch.dtype | None, disable_dyn
         dtype, management.unet_manual_cast(dtype, load_device, supported))
 
     if opened.packed:
-        settings.custom_operations = GGUFOperations
+        settings.custom_operations = PackedOperations
     model = settings.get_model(state_dict)
     patcher_class = PackedPatcher if opened.packed else _patcher_class(disable_dynamic)
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)

@@ -33,7 +33,7 @@ def apply_loras(target: nn.Module | Mapping[str, Tensor],
 
     A module (PixArtTransformer) is changed in place and returned; of a state dict in native names
     a changed copy is returned. Sums are taken in float32 and cast back to each weight's dtype once;
-    layers with packed weights (GGUF) that a LoRA changes become ordinary ones.
+    layers with quantised weights that a LoRA changes become ordinary ones.
 
     Raises CheckpointError, before anything is changed, when a LoRA does not fit.
     """
@@ -55,14 +55,14 @@ def apply_loras(target: nn.Module | Mapping[str, Tensor],
     for name, layers in todo.items():
         weight = weights[name]
         if name in packed:
-            merged = packed[name].unpacked(weight.detach(), torch.float32)
+            merged = packed[name].stored().dense()
         else:
             merged = weight.detach().float().clone()
         for layer, strength in layers:
             rows = merged.chunk(layer.parts)[layer.part]
             rows += strength * (changed(rows, layer) - rows)
         if name in packed:
-            _unpack(packed[name], merged)
+            packed[name].unpack(merged)
         elif isinstance(target, nn.Module):
             weight.data = merged.to(weight.dtype)
         else:
@@ -80,13 +80,6 @@ def weight_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Shape of every weight of a model by its name; of packed ones that of the weight inside."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return shapes | {name: layer.dense_shape for name, layer in packed_layers(model).items()}
-
-
-def _unpack(layer: nn.Module, weight: Tensor) -> None:
-    """Make a packed layer an ordinary one with `weight`, in the dtype that its bias has."""
-    layer.packing = None
-    layer.weight = nn.Parameter(weight if layer.bias is None else weight.to(layer.bias.dtype),
-                                requires_grad=False)
 
 
 def check_fit(lora: LoRA, shapes: Mapping[str, Sequence[int]]) -> list[str]:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.packed import PackedTensor
+from ..quant.formats import split_stored
+from ..quant.stored import StoredWeight
 from .config_tensor import with_config_tensor
 from .folder import find_files, neighbour_index, read_index, read_json_object
 from .gguf import read_gguf
@@ -45,7 +46,7 @@ class Checkpoint:
     `metadata` is the safetensors header's `__metadata__`, `config` the config.json beside the file
     (both {} where there is none) and `pipeline_class` the `_class_name` of the diffusers pipeline
     the folder belongs to. `mapped` says that every tensor is backed by its file, not by memory.
-    `packed` are the block-quantised weights of a GGUF file, see `read_checkpoint`.
+    `packed` are the quantised weights, see `read_checkpoint`.
     """
 
     path: Path
@@ -54,7 +55,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     pipeline_class: str | None = None
     mapped: bool = False
-    packed: dict[str, PackedTensor] = field(default_factory=dict)
+    packed: dict[str, StoredWeight] = field(default_factory=dict)
 
 
 def read_checkpoint(
@@ -66,9 +67,9 @@ def read_checkpoint(
     `subfolder` is the part of a whole pipeline to enter ("transformer", "text_encoder", "vae"); it
     matters for folders only. Without it the folder itself is tried, then its "transformer".
     `prefer_ema` takes `state_dict_ema` of a training file instead of `state_dict`; whichever exists
-    is taken when there is only one. The quantised weights of a GGUF file become float32; with
-    `keep_packed` those of linear layers stay as they are in `packed`, and `state_dict` has
-    placeholders (on the meta device) in their place.
+    is taken when there is only one. Quantised weights (of GGUF files, or with `comfy_quant` beside
+    them) become float32; with `keep_packed` those of linear layers stay as they are in `packed`,
+    and `state_dict` has placeholders (on the meta device) in their place.
 
     Raises CheckpointError, a ValueError, for everything that can be wrong with a file, and
     ImportError for GGUF files where the gguf package is missing.
@@ -102,10 +103,17 @@ def _read(path: Path, subfolder: str | None, prefer_ema: bool, keep_packed: bool
     state_dict = _strip_parallel(found.state_dict)
     if not state_dict:
         raise CheckpointError(f"{path} holds no tensors")
+    try:
+        state_dict, stored = split_stored(state_dict)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    state_dict |= {name: weight.placeholder() if keep_packed else weight.dense()
+                   for name, weight in stored.items()}
     metadata = with_config_tensor(state_dict, found.metadata, str(path))
     name = pipeline.get("_class_name")
     pipeline_class = name if isinstance(name, str) else None
-    return Checkpoint(path, state_dict, metadata, config, pipeline_class, found.mapped)
+    return Checkpoint(path, state_dict, metadata, config, pipeline_class, found.mapped,
+                      stored if keep_packed else {})
 
 
 def _read_shards(index: Path, prefer_ema: bool) -> Checkpoint:

@@ -80,7 +80,7 @@ def _sizes(checkpoint: Checkpoint) -> list[Row]:
         packed = checkpoint.packed.get(name)
         stored = packed.packing if packed else str(tensor.dtype).removeprefix("torch.")
         values[stored] += tensor.numel()
-        size += packed.data.nbytes if packed else tensor.nbytes
+        size += packed.nbytes if packed else tensor.nbytes
     dtypes = ", ".join(f"{dtype}" if len(values) == 1 else f"{dtype} ({count:,})"
                        for dtype, count in values.most_common())
     return [Row("parameters", f"{sum(values.values()):,} in {len(checkpoint.state_dict)} tensors"),

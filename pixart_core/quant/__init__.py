@@ -1,8 +1,11 @@
-"""Quantised weights that stay packed in memory and are unpacked where they are used."""
+"""Quantised weights that stay as they are stored and are used where they are needed."""
 
 from .blocks import PACKINGS, Packing, dequantize
+from .formats import FORMATS, file_tensors, split_stored
 from .linear import PackedWeight, pack_linears, packed_operations
 from .packed import PackedTensor
+from .stored import StoredWeight, WeightFormat
 
-__all__ = ["PACKINGS", "PackedTensor", "PackedWeight", "Packing", "dequantize", "pack_linears",
-           "packed_operations"]
+__all__ = ["FORMATS", "PACKINGS", "PackedTensor", "PackedWeight", "Packing", "StoredWeight",
+           "WeightFormat", "dequantize", "file_tensors", "pack_linears", "packed_operations",
+           "split_stored"]

@@ -1,4 +1,4 @@
-"""Linear layers whose weight stays packed: unpacked for each call, gone after it."""
+"""Linear layers whose weight stays as it is stored: what it stands for is made for each call."""
 
 from __future__ import annotations
 
@@ -7,41 +7,62 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import dequantize
-from .packed import PackedTensor
+from .stored import StoredWeight, WeightFormat
 
 
 class PackedWeight:
-    """Mixed into a Linear class: after `pack`, `weight` holds packed bytes (uint8).
+    """Mixed into a Linear class: after `pack`, the layer holds a stored weight's own tensors.
 
-    The forward pass unpacks them to the dtype of its input. Until then, and where a file leaves
-    a weight dense, the layer is what it was.
+    They are parameters under the names that files give them, `weight` among them, and its format
+    runs the layer. Until then, and where a file leaves a weight dense, the layer is what it was.
     """
 
-    packing: str | None = None
-    dense_shape: torch.Size
+    format: WeightFormat | None = None
+    names: tuple[str, ...] = ("weight",)
     compute_dtype: torch.dtype | None = None  # that of the input, unless a layer needs a wider one
 
-    def pack(self, weight: PackedTensor) -> None:
-        """Take over packed bytes as the weight; they are not copied."""
+    @property
+    def packing(self) -> str | None:
+        """The name of the format, None while the weight is a dense one."""
+        return None if self.format is None else self.format.name
+
+    @property
+    def dense_shape(self) -> torch.Size:
+        """The shape of the weight (out, in), however it is stored."""
+        return self.weight.shape if self.format is None else self.format.shape
+
+    def pack(self, weight: StoredWeight) -> None:
+        """Take over the tensors of a stored weight; they are not copied."""
         if tuple(weight.shape) != (self.out_features, self.in_features):
             raise ValueError(f"a packed weight of shape {tuple(weight.shape)} given for a layer of "
                              f"{(self.out_features, self.in_features)}")
-        self.packing, self.dense_shape = weight.packing, weight.shape
-        self.weight = nn.Parameter(weight.data, requires_grad=False)
+        self.format, self.names = weight.format, tuple(weight.tensors)
+        for name, tensor in weight.tensors.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
-    def unpacked(self, data: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) from its bytes, wherever these are now."""
-        return dequantize(data, self.packing, self.dense_shape, dtype)
+    def unpack(self, weight: Tensor) -> None:
+        """Become an ordinary layer with `weight` (out, in), in the dtype that the bias has."""
+        stored = self.stored()
+        if self.bias is not None:
+            self.bias.data = self.format.dense_bias(stored.tensors, self.bias.data)
+        for name in self.names[1:]:
+            delattr(self, name)
+        self.format, self.names = None, ("weight",)
+        self.weight = nn.Parameter(weight if self.bias is None else weight.to(self.bias.dtype),
+                                   requires_grad=False)
+
+    def stored(self) -> StoredWeight:
+        """The weight as it is stored."""
+        return StoredWeight(self.format, {name: getattr(self, name).detach()
+                                          for name in self.names})
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packing is None:
+        if self.format is None:
             return super().forward(x)
         x = x.to(self.compute_dtype or x.dtype)
-        return F.linear(x, self.unpacked(self.weight, x.dtype), self.bias)
+        return self.format.linear(x, {name: getattr(self, name) for name in self.names}, self.bias)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", packing={self.packing}" if self.packing else "")
@@ -51,7 +72,7 @@ class PackedLinear(PackedWeight, nn.Linear):
     """torch.nn.Linear that can hold a packed weight."""
 
     @classmethod
-    def holding(cls, weight: PackedTensor, compute_dtype: torch.dtype | None = None,
+    def holding(cls, weight: StoredWeight, compute_dtype: torch.dtype | None = None,
                 ) -> PackedLinear:
         """A layer without bias around a packed weight (out, in)."""
         rows, columns = weight.shape
@@ -91,13 +112,20 @@ def _linear_class(base: type[nn.Module]) -> type[nn.Module]:
     return PackedLinear if base is nn.Linear else type("PackedLinear", (PackedWeight, base), {})
 
 
-def pack_linears(model: nn.Module, weights: Mapping[str, PackedTensor]) -> None:
+def pack_linears(model: nn.Module, weights: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
     """Hand packed weights ("blocks.0.attn.qkv.weight") to the layers they belong to.
 
-    Raises ValueError where there is no such layer, or it cannot hold a packed weight.
+    Returns the parameters that these layers have now, by name, without biases. Raises ValueError
+    where there is no such layer, or it cannot hold a packed weight.
     """
+    held: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        layer = model.get_submodule(name.removesuffix(".weight"))
+        path = name.removesuffix(".weight")
+        layer = model.get_submodule(path)
         if not isinstance(layer, PackedWeight):
             raise ValueError(f"{name} is packed, but its layer is a {type(layer).__name__}")
         layer.pack(weight)
+        held |= {f"{path}.{leaf}": getattr(layer, leaf) for leaf in layer.names}
+    return held
+
+

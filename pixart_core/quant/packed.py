@@ -1,4 +1,4 @@
-"""One packed weight: its bytes, its block format and the shape it stands for."""
+"""One weight in a block format of GGML: its bytes, the format and the shape it stands for."""
 
 from __future__ import annotations
 
@@ -10,30 +10,38 @@ import torch
 from torch import Tensor
 
 from .blocks import PACKINGS, dequantize, finite_scales
+from .stored import StoredWeight, Tensors, WeightFormat
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """`data` of 8-bit integers in the block format `packing`; `shape` that of the weight."""
+class BlockFormat(WeightFormat):
+    """A block format of GGML; the one tensor is bytes."""
 
-    data: Tensor
-    packing: str
+    name: str
     shape: torch.Size
 
-    def __post_init__(self) -> None:
-        kind = PACKINGS[self.packing]
-        count = math.prod(self.shape)
-        if count % kind.size or self.data.numel() != count // kind.size * kind.nbytes:
-            raise ValueError(f"{self.data.numel()} bytes of {self.packing} cannot be a weight of "
-                             f"shape {tuple(self.shape)}")
+    def dense(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        return dequantize(tensors["weight"], self.name, self.shape, dtype)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight itself; computed in float32, rounded once."""
-        return dequantize(self.data, self.packing, self.shape, dtype)
+    def is_finite(self, tensors: Tensors) -> bool:
+        return bool(finite_scales(tensors["weight"], self.name))
 
-    def placeholder(self) -> Tensor:
-        """A tensor of the weight's shape that holds no memory, for code that looks at shapes."""
-        return torch.empty(self.shape, device="meta")
+
+@dataclass(frozen=True, init=False)
+class PackedTensor(StoredWeight):
+    """`data` of 8-bit integers in the block format `packing`; `shape` that of the weight."""
+
+    def __init__(self, data: Tensor, packing: str, shape: torch.Size) -> None:
+        super().__init__(BlockFormat(packing, shape), {"weight": data})
+        kind = PACKINGS[packing]
+        count = math.prod(shape)
+        if count % kind.size or data.numel() != count // kind.size * kind.nbytes:
+            raise ValueError(f"{data.numel()} bytes of {packing} cannot be a weight of "
+                             f"shape {tuple(shape)}")
+
+    @property
+    def data(self) -> Tensor:
+        return self.tensors["weight"]
 
     def to(self, device: torch.device | str | None, *, copy: bool = False) -> PackedTensor:
         return PackedTensor(self.data.to(device, copy=copy), self.packing, self.shape)
@@ -41,9 +49,6 @@ class PackedTensor:
     def viewed_as(self, dtype: torch.dtype) -> PackedTensor:
         """The same bytes as another 8-bit dtype."""
         return PackedTensor(self.data.view(dtype), self.packing, self.shape)
-
-    def is_finite(self) -> bool:
-        return bool(finite_scales(self.data, self.packing))
 
     @staticmethod
     def stack(parts: Sequence[PackedTensor]) -> PackedTensor:

@@ -141,8 +141,7 @@ def build_encoder(file: T5File) -> T5EncoderModel:
         model = T5EncoderModel(_transformers_config(file.config))
     weights = dict(file.state_dict)
     if file.packed:
-        _make_room(model, file)
-        weights |= {name: model.get_parameter(name) for name in file.packed}
+        weights |= _make_room(model, file)
     if file.dtype is torch.float16:
         # from_pretrained does this by itself, hand-loaded weights need it done: see read_t5
         weights = {name: t.float() if is_wo(name) and name not in file.packed else t
@@ -154,8 +153,9 @@ def build_encoder(file: T5File) -> T5EncoderModel:
     return model.requires_grad_(False).eval()
 
 
-def _make_room(model: T5EncoderModel, file: T5File) -> None:
-    """Put layers that hold packed weights where the file has such."""
+def _make_room(model: T5EncoderModel, file: T5File) -> dict[str, Tensor]:
+    """Put layers that hold quantised weights where the file has such; their parameters by name."""
+    held: dict[str, Tensor] = {}
     for name, packed in file.packed.items():
         path, _, leaf = name.removesuffix(".weight").rpartition(".")
         if leaf == "wo":
@@ -166,6 +166,8 @@ def _make_room(model: T5EncoderModel, file: T5File) -> None:
         else:
             layer = PackedLinear.holding(packed)
         setattr(model.get_submodule(path), leaf, layer)
+        held |= {f"{path}.{leaf}.{part}": getattr(layer, part) for part in layer.names}
+    return held
 
 
 def _transformers_config(config: T5Config) -> PretrainedConfig:

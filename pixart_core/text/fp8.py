@@ -1,13 +1,12 @@
 """Eight-bit weights of ComfyUI's text encoder files, turned back into plain weights.
 
-Three layouts are about: a plain cast to float8; "scaled fp8", where a `scaled_fp8` marker tensor
-says that `<layer>.scale_weight` multiplies the weight; and its successor, where
-`<layer>.weight_scale` multiplies it and `<layer>.comfy_quant` holds the format as JSON bytes.
+Two layouts are read here: a plain cast to float8, and "scaled fp8", where a `scaled_fp8` marker
+tensor says that `<layer>.scale_weight` multiplies the weight. Its successor, with
+`<layer>.comfy_quant`, is one of the formats of `quant`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import torch
@@ -16,13 +15,11 @@ from torch import Tensor
 from ..checkpoint.read import CheckpointError
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 _MARKER = "scaled_fp8"
 _WEIGHT_SCALES = ("scale_weight", "weight_scale")
-_FORMAT = "comfy_quant"
 # scales of activations belong to fp8 matrix products, which are not used here
-_SIDE_TENSORS = (*_WEIGHT_SCALES, "scale_input", "input_scale", _FORMAT)
+_SIDE_TENSORS = (*_WEIGHT_SCALES, "scale_input", "input_scale")
 
 
 def split_side_tensors(
@@ -30,15 +27,13 @@ def split_side_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights, and the scale of each scaled weight under that weight's name.
 
-    Raises CheckpointError for a quantisation other than float8 and for a scale without a weight.
+    Raises CheckpointError for a scale without a weight.
     """
     weights: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf == _FORMAT:
-            _require_fp8(name, tensor)
-        elif leaf in _WEIGHT_SCALES:
+        if leaf in _WEIGHT_SCALES:
             scales[f"{layer}.weight"] = tensor
         elif leaf != _MARKER and leaf not in _SIDE_TENSORS:
             weights[name] = tensor
@@ -63,16 +58,3 @@ def plain_weight(name: str, tensor: Tensor, scale: Tensor | None, dtype: torch.d
                               f"{tuple(scale.shape)}; one number, or one per row, was expected")
     scale = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
     return (tensor.float() * scale).to(dtype)
-
-
-def _require_fp8(name: str, tensor: Tensor) -> None:
-    try:
-        said = json.loads(bytes(tensor.to(torch.uint8).tolist()).decode("utf-8"))
-        quant = said["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{name} does not say which quantisation the layer has: "
-                              f"{error}") from error
-    if quant not in FP8_FORMATS:
-        raise CheckpointError(f"{name} says {quant!r}; of quantised T5 files only "
-                              f"{', '.join(FP8_FORMATS)} can be read, take one of those or a "
-                              "16-bit file")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checkpoint.identify import explain
 from ..checkpoint.read import Checkpoint, CheckpointError, read_checkpoint
-from ..quant.packed import PackedTensor
+from ..quant.stored import StoredWeight
 from .fp8 import FP8_DTYPES, plain_weight, split_side_tensors
 from .tokenizer import JSON_NAME, SPIECE_NAMES, CaptionTokenizer
 
@@ -64,7 +64,7 @@ class T5File:
     """A T5 encoder as read: weights under Hugging Face's names, sizes, tokenizer if there is one.
 
     `dtype` is that of the weights; with float16, `wo` weights may be float32 (see `read_t5`).
-    `packed` are the block-quantised weights of a GGUF file; `state_dict` has no entry for them.
+    `packed` are the quantised weights of linear layers; `state_dict` has no entry for them.
     """
 
     path: Path
@@ -73,7 +73,7 @@ class T5File:
     dtype: torch.dtype
     spiece_model: bytes | None = None
     tokenizer_json: Path | None = None
-    packed: dict[str, PackedTensor] = field(default_factory=dict)
+    packed: dict[str, StoredWeight] = field(default_factory=dict)
 
     def tokenizer(self) -> CaptionTokenizer:
         """The tokenizer that came with the weights; CheckpointError where none did."""
@@ -97,8 +97,8 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
     """Read a T5 encoder from a file, a Hugging Face folder or a diffusers pipeline folder.
 
     All weights become `dtype`, one tensor at a time; by default that of the first query weight,
-    and bfloat16, which holds every float8 number and the range of the scales, for float8 files and
-    quantised GGUF files. The matrices of the latter stay packed.
+    and bfloat16, which holds every float8 number and the range of the scales, for float8 and
+    quantised files. The matrices of the latter stay as they are stored.
     Weights that have it already stay mapped to the file. With float16, `wo` weights that are not
     stored in float16 become float32: their products pass float16's largest number in T5 XXL, so
     they are computed in float32, and should not be rounded on the way.
@@ -108,16 +108,17 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, subfolder="text_encoder", keep_packed=True)
-    weights, scales, config = _open(checkpoint, path)
-    packed = {name: checkpoint.packed[name] for name in weights if name in checkpoint.packed}
+    weights, packed, scales, config = _open(checkpoint, path)
     if dtype is None:
-        stored = weights[_FIRST_QUERY].dtype
-        dtype = torch.bfloat16 if packed or stored in FP8_DTYPES else stored
-    for name, one in packed.items():
-        del weights[name]
+        first = weights.get(_FIRST_QUERY)
+        eight_bits = first is None or first.dtype in FP8_DTYPES
+        dtype = torch.bfloat16 if eight_bits else first.dtype
+    for name, one in list(packed.items()):
         if not one.is_finite():
             raise CheckpointError(f"{path}: {name} ({one.packing}) has scales that are not finite "
                                   "(NaN or infinite); the file is damaged")
+        if name in (EMBEDDING, _BIAS.format(0)):  # tables, which are no linear layers
+            weights[name] = packed.pop(name).dense(dtype)
     for name, tensor in weights.items():
         wide = is_wo(name) and dtype is torch.float16 and tensor.dtype is not torch.float16
         tensor = plain_weight(name, tensor, scales.get(name), torch.float32 if wide else dtype)
@@ -136,21 +137,25 @@ def inspect_t5(path: str | Path) -> T5Config:
     Raises CheckpointError as `read_t5` does, but for weights that are not finite.
     """
     path = Path(path)
-    return _open(read_checkpoint(path, subfolder="text_encoder", keep_packed=True), path)[2]
+    return _open(read_checkpoint(path, subfolder="text_encoder", keep_packed=True), path)[3]
 
 
 def _open(
     checkpoint: Checkpoint, path: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor], T5Config]:
-    """Encoder weights as stored, the scales of 8-bit ones, and the sizes, all checked."""
-    weights, scales = split_side_tensors(_encoder_tensors(checkpoint.state_dict, path))
-    config = _read_config(weights, checkpoint.config, path)
-    _check_shapes(weights, config, path)
+) -> tuple[dict[str, Tensor], dict[str, StoredWeight], dict[str, Tensor], T5Config]:
+    """Plain weights as stored, quantised ones, scales of plain 8-bit ones, sizes; all checked."""
+    everything = {**checkpoint.state_dict, **checkpoint.packed}
+    found, scales = split_side_tensors(_encoder_tensors(everything, path))
+    config = _read_config(found, checkpoint.config, path)
+    _check_shapes(found, config, path)
+    packed = {name: t for name, t in found.items() if isinstance(t, StoredWeight)}
+    weights = {name: t for name, t in found.items() if name not in packed}
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, a quantisation that is not "
-                                  "supported; use a 16-bit or float8 file")
-    return weights, scales, config
+                                  "supported; use a 16-bit or float8 file, or make one with: "
+                                  "pixart quantize")
+    return weights, packed, scales, config
 
 
 def _encoder_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -266,7 +271,7 @@ def expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 def _shape(weights: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, int]:
     if name not in weights:
         raise CheckpointError(f"{path} lacks {name}; the T5 encoder in it is incomplete")
-    if weights[name].ndim != 2 or weights[name].numel() == 0:
+    if len(weights[name].shape) != 2 or 0 in weights[name].shape:
         raise CheckpointError(f"{path}: {name} has shape {tuple(weights[name].shape)}; a matrix "
                               "was expected")
     rows, columns = weights[name].shape

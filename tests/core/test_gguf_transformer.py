@@ -176,7 +176,7 @@ def test_reshaped_rows(starter, tmp_path):
     path = write_raw(tmp_path / "flat.gguf", stored, metadata={
         "pixart_config": config.to_json(), f"comfy.gguf.orig_shape.{name}": shape})
     layer = pc.load_transformer(path).blocks[0].mlp.fc2
-    dense = layer.unpacked(layer.weight, torch.float32)
+    dense = layer.stored().dense()
     assert list(dense.shape) == shape
     assert relative(dense, weights[name].float()) < WEIGHT_ERROR["Q8_0"]
 
