@@ -91,6 +91,13 @@ def test_smoothing_is_never_worse_than_none():
     assert torch.equal(search.smoothed.smooth, torch.ones(128))
 
 
+def test_the_search_is_seeded(monkeypatch):
+    monkeypatch.setattr(lowrank, "EXACT_UP_TO", 0)
+    first, again, other = (search_smooth(calibration(), 8, seed, [(0.5, 0.5)]).errors
+                           for seed in (0, 0, 1))
+    assert first == again != other
+
+
 def test_exact_svd_is_the_best_of_its_rank():
     matrix = normal(160, 128)
     factors = truncated_svd(matrix, 8, generator())
