@@ -122,7 +122,7 @@ def test_merging(host, files, packed_first):
 def test_saving_says_what_to_do(host, files):
     graph = StarterGraph(model=NAME)
     graph.add("ModelSave", model=graph.model, filename_prefix="packed")
-    refused(host, graph, "GGUF", "pixart convert", kind="execution")
+    refused(host, graph, "quantised file", "pixart convert", kind="execution")
 
 
 def test_bad_files_are_refused_before_the_graph_runs(host, files, lives_on):
