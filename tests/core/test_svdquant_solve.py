@@ -61,6 +61,15 @@ def test_plain_rounding_has_no_smoothing_and_no_branch():
     assert torch.all((layer.residual() - weight).abs() <= 0.51 * step)
 
 
+def test_simpler_methods_name_bad_input():
+    with pytest.raises(ValueError, match="multiple of 64"):
+        round_to_nearest(normal(64, 96))
+    with pytest.raises(ValueError, match=r"weight_scale.*too large for torch.float16"):
+        round_to_nearest(WEIGHT * 1e6, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"calibration inputs.* finite"):
+        smooth_only(WEIGHT, infinite(X))
+
+
 def test_every_setting_matters():
     """No option is ignored: each changes the layer."""
     weight, x, bias = correlated_problem()

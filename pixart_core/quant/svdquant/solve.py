@@ -55,8 +55,8 @@ def solve_layer(weight: Tensor, x: Tensor, bias: Tensor | None = None, *,
     not finite or do not fit `settings.dtype`, and a rank outside 1..min(N, K).
     """
     settings = settings or SVDQuantSettings()
-    check_rank(settings.rank, weight)
     calibration = calibrate(weight, x, bias, act_unsigned, settings.dtype)
+    check_rank(settings.rank, weight)
     search = search_smooth(calibration, settings.rank, settings.seed, settings.grid)
     smoothed = search.smoothed
     generator = torch.Generator(weight.device).manual_seed(settings.seed)
