@@ -1,32 +1,21 @@
-"""Plain LoRAs of the host as a low-rank branch beside a quantised layer, without quantising again.
-
-A LoRA's change is up down^T of a small rank. SVDQuant layers have such a branch already and it is
-widened (arXiv 2411.05007, section 4.3); the other formats run it next to their product.
-"""
+"""Plain LoRAs of the host as a branch beside a quantised layer, without quantising again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.lora
 import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...pixart_core.quant import WeightFormat
+from ...pixart_core.quant.branch import Branch, rows_of, side_by_side
 
 try:
     from comfy.weight_adapter.lora import LoRAAdapter
 except ImportError:  # a host without adapters: everything goes through the unpacked weight
     LoRAAdapter = ()
-
-
-class Branch(NamedTuple):
-    """down (in, r) and up (out, r): the weight gains up down^T."""
-
-    down: Tensor
-    up: Tensor
 
 
 class Patches:
@@ -52,7 +41,7 @@ class Patches:
 def branch_of(patches: Sequence[tuple], shape: torch.Size, device: torch.device,
               dtype: torch.dtype) -> Branch | None:
     """The factors of all `patches`, side by side; parts of a fused weight are block-diagonal."""
-    downs, ups = [], []
+    branches = []
     for strength, adapter, strength_model, offset, function in patches:
         factors = _plain_factors(adapter)
         if factors is None or strength_model != 1.0 or function is not None:
@@ -65,25 +54,10 @@ def branch_of(patches: Sequence[tuple], shape: torch.Size, device: torch.device,
                 return None
         if (up.shape[0], down.shape[1]) != (length, shape[1]):
             return None
-        whole = torch.zeros(shape[0], up.shape[1], device=device, dtype=torch.float32)
-        whole[start: start + length] = _to(up, device) * (strength * scale)
-        ups.append(whole)
-        downs.append(_to(down, device).t())
-    return Branch(torch.cat(downs, 1).to(dtype), torch.cat(ups, 1).to(dtype))
-
-
-def run_with_branches(form: WeightFormat, x: Tensor, tensors: dict[str, Tensor],
-                      bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
-    """x (..., in) through a quantised layer and the branches beside it."""
-    widened = getattr(form, "widened", None)
-    if widened is not None:
-        for down, up in branches:
-            tensors = widened(tensors, down, up)
-        return form.linear(x, tensors, bias)
-    out = form.linear(x, tensors, bias)
-    for down, up in branches:
-        out = out + (x @ down) @ up.t()
-    return out
+        up = rows_of(_to(up, device) * (strength * scale), shape[0], start)
+        branches.append(Branch(_to(down, device).t(), up))
+    branch = side_by_side(branches)
+    return Branch(branch.down.to(dtype), branch.up.to(dtype))
 
 
 def _plain_factors(adapter: Any) -> tuple[Tensor, Tensor, float] | None:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...pixart_core.quant import PackedWeight
-from .low_rank import Patches, run_with_branches
+from ...pixart_core.quant.branch import branched_linear, side_by_side
+from .low_rank import Patches
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,10 @@ class HostPackedWeight(PackedWeight):
         patches = [p for p in (self.patch, self.hook_patch) if p is not None]
         if not others and hasattr(self.format, "product"):
             branches = [p.branch(self.format.shape, x) for p in patches]
+            if not branches:
+                return self.format.linear(x, tensors, bias)
             if None not in branches:
-                return run_with_branches(self.format, x, tensors, bias, branches)
+                return branched_linear(self.format, x, tensors, bias, side_by_side(branches))
         functions = [*patches, *others]
         weight = self.format.dense(tensors, torch.float32 if functions else x.dtype)
         for function in functions:

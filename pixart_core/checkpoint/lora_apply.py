@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..quant.branch import Branch, rows_of, side_by_side
 from .header import CheckpointError
 from .lora import read_lora
 from .lora_layer import LoRA, LoRALayer, change_shape, changed
@@ -33,7 +34,8 @@ def apply_loras(target: nn.Module | Mapping[str, Tensor],
 
     A module (PixArtTransformer) is changed in place and returned; of a state dict in native names
     a changed copy is returned. Sums are taken in float32 and cast back to each weight's dtype once;
-    layers with quantised weights that a LoRA changes become ordinary ones.
+    layers with quantised weights keep them and get plain LoRAs as a low-rank branch beside them;
+    those that GGUF packs, or that a LoRA of another kind changes, become ordinary ones.
 
     Raises CheckpointError, before anything is changed, when a LoRA does not fit.
     """
@@ -54,10 +56,11 @@ def apply_loras(target: nn.Module | Mapping[str, Tensor],
                 todo.setdefault(layer.target, []).append((layer, strength))
     for name, layers in todo.items():
         weight = weights[name]
-        if name in packed:
-            merged = packed[name].stored().dense()
-        else:
-            merged = weight.detach().float().clone()
+        if name in packed and (branch := _branch(packed[name], layers)) is not None:
+            packed[name].add_branch(branch)
+            continue
+        dense = packed[name].effective() if name in packed else weight.detach().float()
+        merged = dense.clone()
         for layer, strength in layers:
             rows = merged.chunk(layer.parts)[layer.part]
             rows += strength * (changed(rows, layer) - rows)
@@ -68,6 +71,22 @@ def apply_loras(target: nn.Module | Mapping[str, Tensor],
         else:
             weights[name] = merged.to(weight.dtype)
     return target if isinstance(target, nn.Module) else weights
+
+
+def _branch(packed: nn.Module, layers: Sequence[tuple[LoRALayer, float]]) -> Branch | None:
+    """Plain LoRAs of a quantised layer as one branch; None where they must go into the weight."""
+    if not hasattr(packed.format, "product"):
+        return None
+    if any(la.kind != "lora" or "mid" in la.tensors or la.magnitude is not None
+           for la, _ in layers):
+        return None
+    rows, device = packed.dense_shape[0], packed.weight.device
+    branches = []
+    for layer, strength in layers:
+        up = layer.tensors["up"].flatten(1).to(device).float() * (layer.scale * strength)
+        down = layer.tensors["down"].flatten(1).to(device).float().t()
+        branches.append(Branch(down, rows_of(up, rows, layer.part * (rows // layer.parts))))
+    return side_by_side(branches)
 
 
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branch import Branch, branched_linear, side_by_side
 from .stored import StoredWeight, WeightFormat
 
 
@@ -20,6 +21,7 @@ class PackedWeight:
     """
 
     format: WeightFormat | None = None
+    branch: Branch | None = None  # of LoRAs, beside what is stored
     names: tuple[str, ...] = ("weight",)
     compute_dtype: torch.dtype | None = None  # that of the input, unless a layer needs a wider one
 
@@ -49,12 +51,24 @@ class PackedWeight:
             self.bias.data = self.format.dense_bias(stored.tensors, self.bias.data)
         for name in self.names[1:]:
             delattr(self, name)
-        self.format, self.names = None, ("weight",)
+        self.format, self.branch, self.names = None, None, ("weight",)
         self.weight = nn.Parameter(weight if self.bias is None else weight.to(self.bias.dtype),
                                    requires_grad=False)
 
+    def add_branch(self, branch: Branch) -> None:
+        """Add a low-rank change of the weight beside what is stored."""
+        self.branch = branch if self.branch is None else side_by_side([self.branch.to(branch.up),
+                                                                       branch])
+
+    def effective(self) -> Tensor:
+        """The weight (out, in) in float32 with its branch in it."""
+        weight = self.stored().dense()
+        if self.branch is None:
+            return weight
+        return weight + self.branch.up.to(weight) @ self.branch.down.to(weight).t()
+
     def stored(self) -> StoredWeight:
-        """The weight as it is stored."""
+        """The weight as it is stored, without a branch."""
         return StoredWeight(self.format, {name: getattr(self, name).detach()
                                           for name in self.names})
 
@@ -62,7 +76,11 @@ class PackedWeight:
         if self.format is None:
             return super().forward(x)
         x = x.to(self.compute_dtype or x.dtype)
-        return self.format.linear(x, {name: getattr(self, name) for name in self.names}, self.bias)
+        tensors = {name: getattr(self, name) for name in self.names}
+        if self.branch is None:
+            return self.format.linear(x, tensors, self.bias)
+        self.branch = self.branch.to(x)
+        return branched_linear(self.format, x, tensors, self.bias, self.branch)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", packing={self.packing}" if self.packing else "")
