@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.identify import explain
-from ..checkpoint.read import Checkpoint, CheckpointError, read_checkpoint
+from ..checkpoint.read import CheckpointError, read_checkpoint
 from ..quant.stored import StoredWeight
 from .fp8 import FP8_DTYPES, plain_weight, split_side_tensors
 from .tokenizer import JSON_NAME, SPIECE_NAMES, CaptionTokenizer
@@ -106,29 +106,15 @@ def read_t5(path: str | Path, dtype: torch.dtype | None = None) -> T5File:
     Raises CheckpointError for unreadable files, other models (umT5, mT5 and CLIP are named),
     missing or misshapen weights, and weights that are not finite.
     """
-    path = Path(path)
-    checkpoint = read_checkpoint(path, subfolder="text_encoder", keep_packed=True)
-    weights, packed, scales, config = _open(checkpoint, path)
-    if dtype is None:
-        first = weights.get(_FIRST_QUERY)
-        eight_bits = first is None or first.dtype in FP8_DTYPES
-        dtype = torch.bfloat16 if eight_bits else first.dtype
-    for name, one in list(packed.items()):
-        if not one.is_finite():
-            raise CheckpointError(f"{path}: {name} ({one.packing}) has scales that are not finite "
-                                  "(NaN or infinite); the file is damaged")
-        if name in (EMBEDDING, _BIAS.format(0)):  # tables, which are no linear layers
-            weights[name] = packed.pop(name).dense(dtype)
-    for name, tensor in weights.items():
-        wide = is_wo(name) and dtype is torch.float16 and tensor.dtype is not torch.float16
-        tensor = plain_weight(name, tensor, scales.get(name), torch.float32 if wide else dtype)
-        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-            raise CheckpointError(f"{path}: {name} holds numbers that are not finite (NaN or "
-                                  f"infinite) in {dtype}; the file is damaged or made for "
-                                  "another dtype")
-        weights[name] = tensor
-    spiece, json_file = _find_tokenizer(checkpoint.state_dict, path)
-    return T5File(path, weights, config, dtype, spiece, json_file, packed)
+    opened = open_t5(path)
+    dtype = dtype or opened.dtype
+    packed = opened.sound_packed()
+    weights = {name: packed.pop(name).dense(dtype) for name in opened.tables() if name in packed}
+    weights |= {name: opened.plain(name, wo_dtype(name, tensor, dtype))
+                for name, tensor in opened.weights.items()}
+    for name in opened.tables():
+        opened.require_finite(name, weights[name])
+    return opened.as_file(weights, packed, dtype)
 
 
 def inspect_t5(path: str | Path) -> T5Config:
@@ -136,14 +122,68 @@ def inspect_t5(path: str | Path) -> T5Config:
 
     Raises CheckpointError as `read_t5` does, but for weights that are not finite.
     """
+    return open_t5(path).config
+
+
+@dataclass(frozen=True)
+class OpenedT5:
+    """A T5 encoder as its file stores it, sizes and names checked, no weight read yet.
+
+    `scales` are those of plain float8 weights; `mapped` says that every tensor is backed by the
+    file. Every name is in `weights` or in `packed`.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    packed: dict[str, StoredWeight]
+    scales: dict[str, Tensor]
+    config: T5Config
+    spiece_model: bytes | None
+    tokenizer_json: Path | None
+    mapped: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first query weight; bfloat16 for float8 and quantised files."""
+        first = self.weights.get(_FIRST_QUERY)
+        eight_bits = first is None or first.dtype in FP8_DTYPES
+        return torch.bfloat16 if eight_bits else first.dtype
+
+    def tables(self) -> tuple[str, ...]:
+        """The matrices that are looked up, and belong to no linear layer."""
+        return EMBEDDING, _BIAS.format(0)
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight in `dtype`; CheckpointError unless it is finite."""
+        tensor = plain_weight(name, self.weights[name], self.scales.get(name), dtype)
+        self.require_finite(name, tensor)
+        return tensor
+
+    def require_finite(self, name: str, tensor: Tensor) -> None:
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise CheckpointError(f"{self.path}: {name} holds numbers that are not finite (NaN or "
+                                  f"infinite) in {tensor.dtype}; the file is damaged or made for "
+                                  "another dtype")
+
+    def sound_packed(self) -> dict[str, StoredWeight]:
+        """The quantised weights; CheckpointError for scales that are not finite."""
+        for name, one in self.packed.items():
+            if not one.is_finite():
+                raise CheckpointError(f"{self.path}: {name} ({one.packing}) has scales that are "
+                                      "not finite (NaN or infinite); the file is damaged")
+        return dict(self.packed)
+
+    def as_file(self, weights: dict[str, Tensor], packed: dict[str, StoredWeight],
+                dtype: torch.dtype) -> T5File:
+        """The file with these weights in place of its own."""
+        return T5File(self.path, weights, self.config, dtype, self.spiece_model,
+                      self.tokenizer_json, packed)
+
+
+def open_t5(path: str | Path) -> OpenedT5:
+    """Open a T5 encoder; raises CheckpointError as `inspect_t5` does."""
     path = Path(path)
-    return _open(read_checkpoint(path, subfolder="text_encoder", keep_packed=True), path)[3]
-
-
-def _open(
-    checkpoint: Checkpoint, path: Path
-) -> tuple[dict[str, Tensor], dict[str, StoredWeight], dict[str, Tensor], T5Config]:
-    """Plain weights as stored, quantised ones, scales of plain 8-bit ones, sizes; all checked."""
+    checkpoint = read_checkpoint(path, subfolder="text_encoder", keep_packed=True)
     everything = {**checkpoint.state_dict, **checkpoint.packed}
     found, scales = split_side_tensors(_encoder_tensors(everything, path))
     config = _read_config(found, checkpoint.config, path)
@@ -155,7 +195,14 @@ def _open(
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, a quantisation that is not "
                                   "supported; use a 16-bit or float8 file, or make one with: "
                                   "pixart quantize")
-    return weights, packed, scales, config
+    return OpenedT5(path, weights, packed, scales, config,
+                    *_find_tokenizer(checkpoint.state_dict, path), checkpoint.mapped)
+
+
+def wo_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a weight becomes where the encoder computes in `dtype`, see `read_t5`."""
+    wide = is_wo(name) and dtype is torch.float16 and tensor.dtype is not torch.float16
+    return torch.float32 if wide else dtype
 
 
 def _encoder_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
