@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ..checkpoint.read import CheckpointError
 from ..quant.linear import PackedLinear
-from .t5_file import EMBEDDING, T5Config, T5File, is_wo, read_t5
+from .caption import clean_caption
+from .t5_file import EMBEDDING, T5Config, T5File, is_wo
+from .t5_quant import AUTO, read_t5_as
 from .tokenizer import CaptionTokenizer, TokenizedCaption
+from .weights import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, T5EncoderModel
@@ -42,6 +45,7 @@ class T5TextEncoder:
         dtype: torch.dtype | None = None,
         tokenizer: CaptionTokenizer | str | Path | None = None,
         device: torch.device | str | None = None,
+        precision: str = AUTO,
     ) -> T5TextEncoder:
         """Load a T5 encoder from a Hugging Face folder, a pipeline folder or a ComfyUI file.
 
@@ -49,13 +53,16 @@ class T5TextEncoder:
         files. With float16 the `wo` layers compute in float32, as they do in transformers.
         `tokenizer` is needed only where the weights bring none: a CaptionTokenizer, or the path of
         a spiece.model, a tokenizer.json or a folder with one. `device` is the CPU unless given.
+        `precision` is what the matrices are kept in, see `read_t5_as`: "auto", "bf16", "fp16",
+        "fp8", "int8" or "int4".
 
-        Raises CheckpointError for files (see `read_t5`) and ValueError for other dtypes.
+        Raises CheckpointError for files (see `read_t5_as`), ValueError for other dtypes and
+        precisions, ImportError where a precision needs a package that is missing.
         """
         if dtype is not None and dtype not in COMPUTE_DTYPES:
             raise ValueError(f"dtype is {dtype}; T5 computes in "
                              f"{', '.join(str(d) for d in COMPUTE_DTYPES)}")
-        file = read_t5(path, dtype)
+        file = read_t5_as(path, precision, dtype)
         if tokenizer is None:
             tokenizer = file.tokenizer()
         elif not isinstance(tokenizer, CaptionTokenizer):
@@ -83,6 +90,14 @@ class T5TextEncoder:
         """Move the weights to `device`, in place; returns the encoder."""
         self.model.to(device=device)
         return self
+
+    def states(self, prompt: str, max_tokens: int, clean: bool = True, weights: bool = True,
+               ) -> Tensor:
+        """States (L, D) of one prompt's tokens without padding, see `encode_prompt`.
+
+        `clean` takes the prompt through `clean_caption` first, `weights` obeys (word:1.2).
+        """
+        return encode_prompt(self, prompt, max_tokens, clean_caption if clean else None, weights)
 
     @torch.no_grad()
     def __call__(self, prompts: str | Sequence[str], max_tokens: int = 300
