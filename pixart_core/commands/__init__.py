@@ -11,6 +11,7 @@ from .convert import convert
 from .encode import encode
 from .generate import generate
 from .inspect import inspect
+from .quantize import quantize
 from .train import train
 from .workflow import app as workflow
 
@@ -27,6 +28,7 @@ app.command()(generate)
 app.command()(encode)
 app.command()(inspect)
 app.command()(convert)
+app.command()(quantize)
 app.add_typer(train)
 app.add_typer(workflow, name="workflow")
 

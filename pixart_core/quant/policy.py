@@ -21,9 +21,11 @@ from .kitchen_format import FULL_PRECISION, KitchenFormat
 from .stored import StoredWeight
 
 _BLOCK = re.compile(r"(?:blocks\.\d+|controlnet\.\d+\.copied_block)\.(?P<layer>.+)\.weight")
-_FOUR_BITS = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj",
-              "mlp.fc1", "mlp.fc2")
-_EIGHT_BITS = (*_FOUR_BITS, "cross_attn.kv_linear")
+# the linear layers of a block in the order they run
+LAYERS = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear",
+          "cross_attn.proj", "mlp.fc1", "mlp.fc2")
+_EIGHT_BITS = LAYERS
+_FOUR_BITS = tuple(name for name in LAYERS if name != "cross_attn.kv_linear")
 _T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]"
                        r"|DenseReluDense\.w[io](_\d)?)\.weight")
 
@@ -66,9 +68,30 @@ T5_METHODS = ("int8", "fp8", "int4")
 
 def transformer_layers(shapes: Mapping[str, torch.Size], method: Method) -> list[str]:
     """The weights ("blocks.0.attn.qkv.weight") of a transformer or ControlNet in native names."""
-    return [name for name, shape in shapes.items()
-            if (m := _BLOCK.fullmatch(name)) and m["layer"] in method.layers
-            and method.fits(shape)]
+    return [name for name in _candidates(shapes, method) if method.fits(shapes[name])]
+
+
+def unfit_layers(shapes: Mapping[str, torch.Size], method: Method) -> list[str]:
+    """The weights that `method` would take, were their sides divisible as its format needs."""
+    return [name for name in _candidates(shapes, method) if not method.fits(shapes[name])]
+
+
+def layer_kind(name: str) -> str:
+    """What a layer is in its block: "attn.qkv" of "blocks.3.attn.qkv.weight"."""
+    match = _BLOCK.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is no linear layer of a PixArt block")
+    return match["layer"]
+
+
+def behind_gelu(name: str) -> bool:
+    """Whether a layer's input comes out of a GELU, so that its 4-bit activations have no sign."""
+    return layer_kind(name) == "mlp.fc2"
+
+
+def _candidates(shapes: Mapping[str, torch.Size], method: Method) -> list[str]:
+    return [name for name in shapes
+            if (match := _BLOCK.fullmatch(name)) and match["layer"] in method.layers]
 
 
 def t5_layers(shapes: Mapping[str, torch.Size], method: Method) -> list[str]:
