@@ -76,6 +76,8 @@ def _train(name: str, arguments: list[str]) -> None:
     for path in outcome.files:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     if outcome.stopped:
+        if not outcome.files:  # one of several processes, of which the first speaks
+            raise typer.Exit(130)
         console.print(f"stopped after step {outcome.step} of {settings.steps}; the same command "
                       "goes on from there", highlight=False)
         raise typer.Exit(130)
@@ -117,14 +119,14 @@ class _Bar:
         self._steps = 0
 
     def __enter__(self) -> _Bar:
-        if console.is_terminal:
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def progress(self, report) -> None:
+        if console.is_terminal:
+            self._bar.start()  # here, for of several processes one alone is told
         text = f"loss {report.values['loss']:.4f}, {report.rate:.1f} samples/s"
         if report.step < self._steps:  # another run of the same command
             self._bar.reset(self._task)

@@ -76,21 +76,24 @@ def save_run(out: Path, recipe: Recipe, optimizer: torch.optim.Optimizer, state:
     return target
 
 
-def load_run(folder: Path, recipe: Recipe, optimizer: torch.optim.Optimizer) -> RunState:
-    """Put the weights and the optimiser's state of a checkpoint back; returns where it stands.
+def read_state(folder: Path, recipe: Recipe) -> RunState:
+    """Where a checkpoint stands and the settings of its run; no weights are read.
 
-    Raises CheckpointError for a damaged checkpoint or one of another recipe or model.
+    Raises CheckpointError for a damaged checkpoint or one of another recipe.
     """
-    try:
-        document = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        step, settings = int(document["step"]), dict(document["settings"])
-        scalars = document["optimizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / _STATE} is damaged: {error}; remove {folder.name} to go "
-                              "on from the checkpoint before it") from error
+    document = _document(folder)
     if document.get("recipe") != recipe.name:
         raise CheckpointError(f"{folder} is of a {document.get('recipe')!r} run, this is "
                               f"{recipe.name!r}; use another out folder")
+    return RunState(int(document["step"]), dict(document["settings"]), document.get("scaler"))
+
+
+def load_run(folder: Path, recipe: Recipe, optimizer: torch.optim.Optimizer) -> None:
+    """Put the weights and the optimiser's state of a checkpoint back.
+
+    Raises CheckpointError for a damaged checkpoint or one of another model.
+    """
+    scalars = _document(folder)["optimizer"]
     try:
         for name, module in recipe.modules().items():
             module.load_state_dict(_read(folder / f"{name}.safetensors"))
@@ -99,7 +102,16 @@ def load_run(folder: Path, recipe: Recipe, optimizer: torch.optim.Optimizer) -> 
         optimizer.load_state_dict(unpack_optimizer(tensors, scalars))
     except Exception as error:  # safetensors, shapes, names
         raise CheckpointError(f"{folder} does not fit this run or is damaged: {error}") from error
-    return RunState(step, settings, document.get("scaler"))
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        int(document["step"]), dict(document["settings"]), document["optimizer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / _STATE} is damaged: {error}; remove {folder.name} to go "
+                              "on from the checkpoint before it") from error
+    return document
 
 
 def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.header import CheckpointError
 from ..extras import how_to_install
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,14 @@ class Curves:
         self._board = _tensorboard(out, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One point of every curve."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """One point of every curve. Raises CheckpointError where it cannot be written."""
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.out / _LINES} could not be written at step {step}: {error}. Make room and "
+                "start again with the same out folder to go on from the last checkpoint") from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -31,13 +31,22 @@ def transformer_to_train(source: str | Path | Mapping[str, Any],
         preset = fields.pop("preset", "sigma-1024")
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}; use one of {', '.join(PRESETS)}")
-        model = from_scratch(PRESETS[preset].replace(**fields), seed)
+        try:
+            config = PRESETS[preset].replace(**fields)
+        except TypeError as error:  # text where a number belongs, or the like
+            raise ValueError(f"model {dict(source)} is no config: {error}") from error
+        model = from_scratch(config, seed)
     else:
         model = load_transformer(source, dtype=torch.float32)
         # mapped to its file until here
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     if kv_compression is not None:
-        model = compress(model, KVCompression(**kv_compression))
+        try:
+            compression = KVCompression(**kv_compression)
+        except TypeError as error:
+            raise ValueError(f"kv_compression is {dict(kv_compression)}; sampling (conv, ave or "
+                             f"uniform), factor and layers were expected: {error}") from error
+        model = compress(model, compression)
     return model.train().requires_grad_(True)
 
 

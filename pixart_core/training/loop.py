@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..extras import require
 from ..model import PixArtTransformer
-from .checkpoint import RunState, checkpoints_in, load_run, save_run
+from .checkpoint import RunState, checkpoints_in, load_run, read_state, save_run
 from .curves import Curves
 from .draws import Draws
+from .interrupts import interrupts, leave_interrupts
 from .optimizers import learning_rate, make_optimizer, set_learning_rate
 from .precision import checkpoint_blocks, keep_time_path_float32
 from .recipe import Losses, Recipe
@@ -122,7 +122,7 @@ def train(recipe: Recipe, listener: Listener | None = None) -> Outcome:
         accelerator.wait_for_everyone()
 
     saved = done
-    with _interrupts() as interrupted:
+    with interrupts() as interrupted:
         stopped = False
         while done < settings.steps and not stopped:
             rate = learning_rate(settings, done)
@@ -145,14 +145,17 @@ def train(recipe: Recipe, listener: Listener | None = None) -> Outcome:
             recipe.after_step(done)
             done += 1
             stopped = _agree(interrupted.is_set(), accelerator)
-            if done % settings.log_every == 0 or done in (1, settings.steps) or stopped:
+            told = done % settings.log_every == 0 or done in (1, settings.steps) or stopped
+            kept = done % settings.save_every == 0 or done == settings.steps or stopped
+            if told or kept:
                 values = _values(total, accelerator)
                 _require_number(values, done, settings)
+            if told:
                 values["learning_rate"] = rate
                 if main:
                     curves.write(done, values)
                     listener.progress(Progress(done, settings.steps, values, meter.rate(done)))
-            if done % settings.save_every == 0 or done == settings.steps or stopped:
+            if kept:
                 save()
             if main and settings.sample_every and done % settings.sample_every == 0:
                 curves.pictures(done, recipe.sample(done))
@@ -187,7 +190,7 @@ def _resume(recipe: Recipe, optimizer: torch.optim.Optimizer, accelerator: Any,
     found = checkpoints_in(recipe.settings.out)
     if not found:
         return RunState(0, {})
-    state = load_run(found[-1], recipe, optimizer)
+    state = read_state(found[-1], recipe)
     mine = json.loads(to_json(recipe.settings))
     changed = sorted(name for name in mine.keys() | state.settings.keys()
                      if name not in _FREE and mine.get(name) != state.settings.get(name))
@@ -198,6 +201,7 @@ def _resume(recipe: Recipe, optimizer: torch.optim.Optimizer, accelerator: Any,
             f"{state.settings.get(name)!r} there and {mine.get(name)!r} here"
             + (f" ({', '.join(changed[1:])} differ too)" if changed[1:] else "")
             + "; go on with the same settings, or use another out folder")
+    load_run(found[-1], recipe, optimizer)
     if accelerator.scaler is not None and state.scaler is not None:
         accelerator.scaler.load_state_dict(state.scaler)
     listener.message(f"going on from step {state.step} ({found[-1]})")
@@ -210,7 +214,8 @@ def _batches(recipe: Recipe, first: int, accelerator: Any) -> Iterator[Any]:
     steps = _Steps(recipe, first, max(first, last), accelerator.process_index,
                    accelerator.num_processes)
     return iter(DataLoader(steps, batch_size=None, num_workers=settings.workers, shuffle=False,
-                           prefetch_factor=4 if settings.workers else None))
+                           prefetch_factor=4 if settings.workers else None,
+                           worker_init_fn=leave_interrupts))
 
 
 def _add(total: dict[str, torch.Tensor], losses: Losses, accumulation: int) -> None:
@@ -227,12 +232,19 @@ def _values(total: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float
 
 
 def _require_number(values: dict[str, float], done: int, settings: RunSettings) -> None:
-    if values["loss"] == values["loss"] and abs(values["loss"]) != float("inf"):
+    """Raise ValueError for a loss that is none, or gradients that have just spoilt the weights.
+
+    With fp16 gradients overflow now and then: the loss scaler leaves such a step out.
+    """
+    looked_at = ["loss"] if settings.precision == "fp16" else ["loss", "gradient_norm"]
+    wrong = [name for name in looked_at if not math.isfinite(values.get(name, 0.0))]
+    if not wrong:
         return
     checkpoints = checkpoints_in(settings.out)
     kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "nothing was saved"
-    raise ValueError(f"the loss is {values['loss']} at step {done}: training diverged; {kept}. Try "
-                     "a lower learning_rate, more warmup_steps or a smaller max_grad_norm"
+    raise ValueError(f"the {wrong[0].replace('_', ' ')} is {values[wrong[0]]} at step {done}: "
+                     f"training diverged; {kept}. Try a lower learning_rate, more warmup_steps or "
+                     "a smaller max_grad_norm"
                      + (", or precision bf16" if settings.precision == "fp16" else ""))
 
 
@@ -242,27 +254,6 @@ def _agree(stop: bool, accelerator: Any) -> bool:
         return stop
     flag = torch.tensor(float(stop), device=accelerator.device)
     return bool(accelerator.reduce(flag, "sum") > 0)
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets; the second one interrupts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def note(number: int, _: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Meter:

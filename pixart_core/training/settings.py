@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -64,9 +65,9 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "save_every", "keep",
                      "log_every"):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
         for name in ("warmup_steps", "sample_every", "workers", "seed", "weight_decay"):
-            _at_least(self, name, 0)
+            at_least(self, name, 0)
         for name in ("learning_rate", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be above 0")
@@ -75,7 +76,8 @@ class RunSettings:
                              "null for no clipping")
 
 
-def _at_least(settings: RunSettings, name: str, lowest: int) -> None:
+def at_least(settings: RunSettings, name: str, lowest: int) -> None:
+    """Raise ValueError for a setting that is lower."""
     if getattr(settings, name) < lowest:
         raise ValueError(f"{name} is {getattr(settings, name)!r}; it must be {lowest} or more")
 
@@ -137,6 +139,24 @@ def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def check_paths(settings: RunSettings) -> None:
+    """Raise ValueError unless `out` can be a run's folder and every other path is there.
+
+    Nothing is made or read; so a wrong path is said before a model is loaded, or hours later.
+    """
+    for field in dataclasses.fields(settings):
+        path = getattr(settings, field.name)
+        if field.name != "out" and isinstance(path, Path) and not path.exists():
+            raise ValueError(f"{field.name} is {path}, which does not exist")
+    out = settings.out.absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"out is {settings.out}, but {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out is {settings.out}, but {there} cannot be written to; name a folder "
+                         "of your own")
+
+
 def to_json(settings: Any) -> str:
     """Settings as JSON, for the run's folder and for comparing runs."""
     return json.dumps(dataclasses.asdict(settings), indent=2, default=str)
@@ -152,6 +172,8 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
             return value
         return _fitted(name, value, next(a for a in kinds if a is not dict))
     if origin is Literal:
+        if value is False and "no" in arguments:  # as YAML reads the bare word
+            return "no"
         if value not in arguments:
             raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(str, arguments))}")
         return value
@@ -170,7 +192,7 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path and isinstance(value, str | Path):
-        return Path(value)
+        return Path(value).expanduser()  # shells leave NAME=~/folder as it is
     if origin is dict or hint in (dict, Any):
         if hint is not Any and not isinstance(value, Mapping):
             raise _wrong(name, value, "NAME: VALUE entries")

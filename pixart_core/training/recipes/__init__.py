@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe
-from ..settings import RunSettings, read_settings, read_settings_file
+from ..settings import RunSettings, check_paths, read_settings, read_settings_file
 from .base import Base, BaseSettings
 from .controlnet import ControlNet, ControlNetSettings
 from .hed import HED, HEDSettings
@@ -49,5 +49,9 @@ def recipe_settings(name: str, *sources: dict[str, Any]) -> RunSettings:
 
 
 def make_recipe(name: str, settings: RunSettings) -> Recipe:
-    """Load what a recipe trains and open its data, ready for `train`."""
+    """Load what a recipe trains and open its data, ready for `train`.
+
+    Raises ValueError for paths that cannot be used before anything is loaded.
+    """
+    check_paths(settings)
     return RECIPES[name][0](settings)

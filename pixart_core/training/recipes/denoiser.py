@@ -17,7 +17,7 @@ from ..data import CachedSamples
 from ..draws import Draws
 from ..recipe import Recipe, Samples
 from ..sampling import conditions_of, sample_batch
-from ..settings import RunSettings
+from ..settings import RunSettings, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class DenoiserSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("sample_count", "sample_steps"):
+            at_least(self, name, 1)
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout is {self.caption_dropout!r}; use 0 to 1")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

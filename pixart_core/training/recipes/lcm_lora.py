@@ -24,7 +24,7 @@ class LCMLoRASettings(LCMSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.rank)
+        check_rank(self.rank, self.alpha)
         if self.ema_decay is not None:
             raise ValueError("the target of LCM-LoRA is the student itself; leave ema_decay null")
 

@@ -45,7 +45,7 @@ class LoRASettings(DenoiserSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.rank)
+        check_rank(self.rank, self.alpha)
         if self.ema_decay is not None:
             raise ValueError("a LoRA is handed out as it was trained; leave ema_decay null")
         weight = self.prior_loss_weight
@@ -108,7 +108,9 @@ class LoRA(DenoiserRecipe):
         return self.trained(x, t, **conditions.arguments())
 
 
-def check_rank(rank: int) -> None:
-    """Raise ValueError for a rank that no LoRA has."""
+def check_rank(rank: int, alpha: float | None) -> None:
+    """Raise ValueError for a rank that no LoRA has, and for an alpha under which none learns."""
     if rank < 1:
         raise ValueError(f"rank is {rank}; use 1 or more (4 to 64 are usual)")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha!r}; use a number above 0, or null for the rank")

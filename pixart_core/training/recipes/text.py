@@ -22,7 +22,7 @@ from ..ema import averaged_copy, update_average, warmed_decay
 from ..readings import IGNORED, QUESTIONS, Readings, SceneReadings
 from ..recipe import Losses, Recipe
 from ..scenes import SceneSettings, captions, draw_scene
-from ..settings import RunSettings
+from ..settings import RunSettings, at_least
 from ..spiece import train_spiece
 
 _TOKENIZER_SCENES = 4000
@@ -49,6 +49,11 @@ class TextSettings(RunSettings):
     heads: int = 4
     mlp: int = 256
     ema_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pieces", "max_tokens", "width", "layers", "heads", "mlp"):
+            at_least(self, name, 1)
 
 
 class Reader(nn.Module):

@@ -70,6 +70,9 @@ class VAE(Recipe):
             self.trained = Autoencoder()
         if settings.vae is not None:
             tensors = tiny_state_dict(read_checkpoint(settings.vae).state_dict)
+            if tensors.keys() != self.trained.network.state_dict().keys():
+                raise ValueError(f"vae is {settings.vae}, which holds no whole VAE of TAESD's "
+                                 "architecture; name one of `pixart train vae`, or leave it out")
             self.trained.network.load_state_dict({n: t.float() for n, t in tensors.items()})
         self.average = averaged_copy(self.trained) if settings.ema_decay is not None else None
 
