@@ -22,7 +22,7 @@ from .checkpoint.read import Checkpoint, CheckpointError, read_checkpoint, unwra
 from .config import PixArtConfig
 from .model.attention import AttentionFunction
 from .model.transformer import PixArtTransformer
-from .quant import StoredWeight, pack_linears, packed_operations
+from .quant import StoredWeight, pack_linears, packed_operations, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def open_transformer(path_or_state_dict: Source, *, check_finite: bool = True,
     float32 here.
     """
     opened = read_transformer(path_or_state_dict, fields)
-    opened.state_dict.update((name, packed.dense()) for name, packed in opened.packed.items())
+    opened.state_dict.update(unpacked(opened.packed, opened.state_dict))
     if check_finite:
         for name, tensor in opened.state_dict.items():
             require_finite(name, tensor, opened.source)

@@ -34,6 +34,7 @@ from ...pixart_core.model.controlnet import (
 from .conds import Area
 from .files import fingerprint
 from .model import residual_count, weight_dtypes
+from .packed import PackedOperations, PackedPatcher
 from .transformer import WRONG_MODEL, Controls, HostInputs, host_operations
 
 logger = logging.getLogger(__name__)
@@ -235,13 +236,15 @@ def load_control(path: str, dtype: torch.dtype | None = None) -> PixArtControl:
         dtype = management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(opened.state_dict),
             supported_dtypes=[torch.float16, torch.bfloat16, torch.float32],
-            weight_dtype=comfy.utils.weight_dtype(opened.state_dict))
+            weight_dtype=None if opened.packed else comfy.utils.weight_dtype(opened.state_dict))
     # these layers follow the activations, whatever dtype the model they steer computes in
+    layers = PackedOperations if opened.packed else comfy.ops.manual_cast
     network = HostControlNet(opened.config, dtype=dtype, device=offload_device,
-                             operations=host_operations(comfy.ops.manual_cast)).eval()
+                             operations=host_operations(layers)).eval()
     plain = comfy.model_patcher.ModelPatcher
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", plain)(
-        network, load_device=load_device, offload_device=offload_device)
+    patcher_class = PackedPatcher if opened.packed else getattr(
+        comfy.model_patcher, "CoreModelPatcher", plain)
+    patcher = patcher_class(network, load_device=load_device, offload_device=offload_device)
     if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
         _map_weights(network, opened)
     else:

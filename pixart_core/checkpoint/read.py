@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.formats import split_stored
+from ..quant.formats import split_stored, unpacked
 from ..quant.stored import StoredWeight
 from .config_tensor import with_config_tensor
 from .folder import find_files, neighbour_index, read_index, read_json_object
@@ -107,8 +107,8 @@ def _read(path: Path, subfolder: str | None, prefer_ema: bool, keep_packed: bool
         state_dict, stored = split_stored(state_dict)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    state_dict |= {name: weight.placeholder() if keep_packed else weight.dense()
-                   for name, weight in stored.items()}
+    state_dict |= {name: weight.placeholder() for name, weight in stored.items()} \
+        if keep_packed else unpacked(stored, state_dict)
     metadata = with_config_tensor(state_dict, found.metadata, str(path))
     name = pipeline.get("_class_name")
     pipeline_class = name if isinstance(name, str) else None

@@ -15,6 +15,7 @@ from ..export import write_controlnet_folder
 from ..load import open_transformer, require_finite
 from ..load_control import read_controlnet
 from ..model.hed import open_hed
+from ..quant import unpacked
 
 
 class Comparison(NamedTuple):
@@ -43,6 +44,7 @@ def write_control(source: Path, target: Path, to: str, cast: Any, base: Path | N
     `base` is the transformer that the base inside the file is compared with.
     """
     opened = read_controlnet(source, fields, keep_base=True)
+    opened.state_dict.update(unpacked(opened.packed, opened.state_dict))
     for name, tensor in opened.state_dict.items():
         require_finite(name, tensor, opened.source)
     said = []

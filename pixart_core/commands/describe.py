@@ -18,6 +18,7 @@ from ..checkpoint.shapes import facts_from_shapes
 from ..config import METADATA_KEY, PRESETS, PixArtConfig, fields_from_metadata
 from ..text.embeddings import EMBEDDINGS_KEY, load_embeddings
 from .describe_lora import NOT_USABLE, describe_lora
+from .describe_quantized import describe_quantized
 from .rows import Row, as_text, shorten
 
 _T5_WIDTHS = {512: ", of T5 small", 768: ", of T5 base", 1024: ", of T5 large", 2048: ", of T5 XL",
@@ -36,7 +37,8 @@ def describe(path: Path, fields: dict[str, Any]) -> list[Row]:
         return _embeddings(checkpoint)
     kind = identify(checkpoint.state_dict)
     known = next((k for k in KINDS if k.name == kind), UNKNOWN)
-    rows = [Row("kind", known.description, "tensor names"), *_sizes(checkpoint)]
+    rows = [Row("kind", known.description, "tensor names"), *_sizes(checkpoint),
+            *describe_quantized(checkpoint.packed)]
     detail: Callable[[Checkpoint], list[Row]] | None = _DETAILS.get(kind)
     if kind in ("pixart", "pixart-diffusers"):
         rows += _transformer(checkpoint, fields)

@@ -16,6 +16,7 @@ from .common import DTYPES, flag, one_of, parse_fields, plain_errors
 from .quantize_deepcompressor import quantize_deepcompressor
 from .quantize_network import quantize_network
 from .quantize_options import CalibrationOptions, Request, check_target
+from .quantize_text import quantize_text_encoder
 
 DEEPCOMPRESSOR = "deepcompressor"
 HALF_DTYPES = ("bfloat16", "float16")
@@ -23,7 +24,7 @@ HALF_DTYPES = ("bfloat16", "float16")
 # what reads each kind of model; the functions check the request before they load anything
 QUANTIZERS: dict[str, Callable[[Request], None]] = {
     "pixart": quantize_network, "pixart-diffusers": quantize_network,
-    **dict.fromkeys(CONTROLNET_KINDS, quantize_network),
+    **dict.fromkeys(CONTROLNET_KINDS, quantize_network), "t5": quantize_text_encoder,
 }
 
 
@@ -88,7 +89,7 @@ def quantize(
         help="HED network: the control images are its edges of these pictures.")] = None,
     vae: Annotated[Path | None, flag(help="svdquant of a ControlNet: the model's VAE.")] = None,
 ) -> None:
-    """Quantise a PixArt transformer or ControlNet.
+    """Quantise a PixArt transformer, ControlNet or T5 text encoder (int8, fp8 or int4).
 
     int8, fp8, mxfp8 and nvfp4 are ComfyUI's own formats, which its stock loader reads too. With
     svdquant the model draws some prompts first; the solved layers are kept in OUT.work, from

@@ -68,6 +68,21 @@ def read_comfy_quant(layer: str, data: Tensor) -> dict[str, Any]:
     return {**(params if isinstance(params, dict) else {}), **said}
 
 
+def unpacked(stored: Mapping[str, StoredWeight],
+             tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dense float32 weights of `stored`, and the biases of `tensors` that belong to those.
+
+    A format may keep part of what its activations need in the bias, see `dense_bias`.
+    """
+    out: dict[str, Tensor] = {}
+    for name, weight in stored.items():
+        out[name] = weight.dense()
+        bias = f"{name.removesuffix('.weight')}.bias"
+        if bias in tensors:
+            out[bias] = weight.format.dense_bias(weight.tensors, tensors[bias])
+    return out
+
+
 def file_tensors(stored: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
     """What a file holds for quantised weights: their tensors and `comfy_quant`, by name."""
     tensors: dict[str, Tensor] = {}
