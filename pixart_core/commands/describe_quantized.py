@@ -41,7 +41,9 @@ def runner(form: KitchenFormat, device: str) -> str:
         return str(error)
     if form.full_precision or form.runs_on(torch.device(device)):
         return str(backend)
-    return f"unpacked for each product (its kernels need a newer card; unpacked by {backend.name})"
+    needed = ".".join(map(str, form.capability))
+    return (f"unpacked for each product by {backend.name} (its kernels need a card of compute "
+            f"capability {needed} or higher)")
 
 
 def _ranks(weights: Sequence[StoredWeight]) -> str:

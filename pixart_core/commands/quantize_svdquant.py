@@ -19,7 +19,7 @@ from ..quant.calibrate import sampled_inputs
 from ..quant.network import Network, open_network, storage_dtype
 from ..quant.solve_network import solve_network
 from ..quant.svdquant import SVDQuantSettings
-from ..quant.svdquant_format import RANK_STEP
+from ..quant.svdquant.layer import RANK_MULTIPLE
 from ..quant.work import WorkFolder
 from .common import DTYPES, device_of, errors, one_of, progress_bars
 from .quantize_captions import CalibrationCaptions, choose_captions
@@ -110,8 +110,8 @@ def _calibrate(request: Request, network: Network, captions: CalibrationCaptions
 
 def _solver(options: CalibrationOptions, dtype: torch.dtype) -> SVDQuantSettings:
     rank = _positive("--rank", options.rank, DEFAULT_RANK)
-    if rank % RANK_STEP:
-        raise typer.BadParameter(f"--rank is {rank}; kernels take multiples of {RANK_STEP}")
+    if rank % RANK_MULTIPLE:
+        raise typer.BadParameter(f"--rank is {rank}; kernels take multiples of {RANK_MULTIPLE}")
     return SVDQuantSettings(rank=rank, gptq=bool(options.gptq), seed=options.seed or 0,
                             dtype=dtype)
 

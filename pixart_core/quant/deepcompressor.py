@@ -24,8 +24,9 @@ from torch import Tensor
 from ..checkpoint.convert import diffusers_module, native_modules
 from ..checkpoint.read import CheckpointError, read_checkpoint
 from .stored import StoredWeight
-from .svdquant.int4 import pack
-from .svdquant_format import GELU_SHIFT, GROUP, RANK_STEP, SVDQuant
+from .svdquant.int4 import GELU_SHIFT, GROUP, pack
+from .svdquant.layer import RANK_MULTIPLE
+from .svdquant_format import SVDQuant
 
 FILES = ("model.pt", "scale.pt", "smooth.pt", "branch.pt")
 _SHIFTED, _SHIFT = ".ff.net.2.linear.", ".ff.net.2.shift"
@@ -136,7 +137,7 @@ def _convert(native: str, parts: tuple[str, ...], found: _Folder, shift: Tensor 
                                   f"has {GELU_SHIFT}")
         added = up @ (down.sum(0) * GELU_SHIFT)
         bias = added if bias is None else bias + added
-    fill = -up.shape[1] % RANK_STEP
+    fill = -up.shape[1] % RANK_MULTIPLE
     floats = [t.to(dtype) for t in (scales.t().contiguous(), smooth, F.pad(down, (0, fill)),
                                     F.pad(up, (0, fill)))]
     if not all(t.isfinite().all() for t in floats):
