@@ -14,7 +14,7 @@ from .settings import Settings
 from .text.embeddings import CaptionEntry, CaptionRow, caption_rows, load_embeddings
 
 if TYPE_CHECKING:
-    from .text import T5TextEncoder
+    from .text import LazyT5, T5TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +23,12 @@ Embeddings = str | Path | Sequence[CaptionEntry]
 
 @dataclass(frozen=True)
 class Captions:
-    """Where the captions of a model come from: its T5, None where none is loaded, and their width.
+    """Where the captions of a model come from: its T5, None where there is none, and their width.
 
     Every caption is a row without padding, in the order of the pictures.
     """
 
-    encoder: T5TextEncoder | None
+    encoder: T5TextEncoder | LazyT5 | None
     caption_channels: int
 
     def check(self, settings: Settings, embeddings: Embeddings | None = None,
@@ -71,15 +71,19 @@ class Captions:
                              "one for all, or one for each")
         return rows * count if len(rows) == 1 else rows
 
+    def release(self) -> None:
+        """Let a T5 that is not to be kept leave memory: the captions are there."""
+        from .text import LazyT5
+
+        if isinstance(self.encoder, LazyT5):
+            self.encoder.release()
+
     def _encoded(self, texts: Sequence[str], settings: Settings) -> list[CaptionRow]:
         """The caption of every text, each encoded by itself, so that none depends on another."""
-        from .text import clean_caption
-        from .text.weights import encode_prompt
-
-        clean = clean_caption if settings.clean_caption else None
         with explained(lambda: of_encoding(self.encoder)):
-            states = {text: encode_prompt(self.encoder, text, settings.max_tokens, clean,
-                                          settings.weights) for text in dict.fromkeys(texts)}
+            states = {text: self.encoder.states(text, settings.max_tokens, settings.clean_caption,
+                                                settings.weights)
+                      for text in dict.fromkeys(texts)}
         return [CaptionRow(states[text]) for text in texts]
 
     def _saved(self, source: Embeddings | None) -> list[CaptionRow]:

@@ -12,9 +12,10 @@ from .quant import PackedWeight
 if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .settings import Settings
-    from .text import T5TextEncoder
+    from .text import LazyT5, T5TextEncoder
 
-_SMALL_T5 = "T5 from a smaller file: GGUF in Q8_0 is 5 GB for T5 XXL"
+_SMALL_T5 = ("T5 in fewer bits (--t5-precision, t5_precision): T5 XXL is 5 GB in int8, 3 GB in "
+             "int4; or from a GGUF file, 5 GB in Q8_0")
 _NO_T5 = "captions from `pixart encode` (--embeddings, --negative-embeddings) in place of T5"
 _GGUF = "a GGUF file of it (pixart convert IN OUT.gguf): half of 16 bits in Q8_0"
 _OTHER_PROGRAMS = "closing other programs that use the same memory"
@@ -27,10 +28,12 @@ def of_loading() -> Description:
                                   f"for the transformer {_GGUF}", _OTHER_PROGRAMS]
 
 
-def of_encoding(encoder: T5TextEncoder) -> Description:
-    """T5 with one prompt."""
-    size = gigabytes(weight_bytes(encoder.model))
-    return f"the text encoder ({size} of weights)", [_NO_T5, _SMALL_T5, _OTHER_PROGRAMS]
+def of_encoding(encoder: T5TextEncoder | LazyT5) -> Description:
+    """T5 with one prompt, or on its way into memory."""
+    held = _held(encoder)
+    running = (f"the text encoder ({gigabytes(held)} of weights)" if held
+               else "loading the text encoder")
+    return running, [_NO_T5, _SMALL_T5, _OTHER_PROGRAMS]
 
 
 def of_drawing(pipeline: Pipeline, settings: Settings, pictures: int, guided: bool,
@@ -45,9 +48,9 @@ def of_drawing(pipeline: Pipeline, settings: Settings, pictures: int, guided: bo
     if pictures > 1:
         hints.append(f"fewer prompts at once than {pictures}")
     hints.append(_smaller(settings, config.image_size))
-    if pipeline.encoder is not None:
-        size = gigabytes(weight_bytes(pipeline.encoder.model))
-        hints.append(f"{_NO_T5}, which keeps {size} on the same device; or {_SMALL_T5}")
+    if held := _held(pipeline.encoder):
+        hints.append(f"{_NO_T5}, which keeps {gigabytes(held)} on the same device; or "
+                     f"keep_t5=False, so that it leaves memory before; or {_SMALL_T5}")
     if weights.dtype == torch.float32:
         hints.append("dtype bfloat16 or float16 in place of float32")
     if not any(isinstance(layer, PackedWeight) for layer in network.modules()):
@@ -62,9 +65,17 @@ def of_decoding(pipeline: Pipeline, settings: Settings, pictures: int) -> Descri
     if not pipeline.vae.network.use_tiling:
         hints.append("vae.enable_tiling() of the pipeline, in Python: tiles of 512 px")
     hints.append(_smaller(settings, pipeline.config.image_size))
-    if pipeline.encoder is not None:
+    if _held(pipeline.encoder):
         hints.append(_NO_T5)
     return f"the VAE ({_pictures(settings, pictures)})", [*hints, _OTHER_PROGRAMS]
+
+
+def _held(encoder: T5TextEncoder | LazyT5 | None) -> int:
+    """Bytes of the text encoder, 0 where none is in memory."""
+    from .text.lazy import loaded_encoder
+
+    loaded = loaded_encoder(encoder)
+    return 0 if loaded is None else weight_bytes(loaded.model)
 
 
 def _pictures(settings: Settings, count: int) -> str:

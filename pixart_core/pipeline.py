@@ -29,7 +29,7 @@ from .vae import LATENT_CHANNELS, VAE, load_vae
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .text import T5TextEncoder
+    from .text import LazyT5, T5TextEncoder, TextCache
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class Pipeline:
     Make one with `from_files`, or from modules that are loaded already.
     """
 
-    def __init__(self, transformer: PixArtTransformer, encoder: T5TextEncoder | None, vae: VAE,
-                 controlnet: PixArtControlNet | None = None) -> None:
+    def __init__(self, transformer: PixArtTransformer, encoder: T5TextEncoder | LazyT5 | None,
+                 vae: VAE, controlnet: PixArtControlNet | None = None) -> None:
         self.transformer = transformer
         self.encoder = encoder
         self.vae = vae
@@ -67,6 +67,9 @@ class Pipeline:
         controlnet: str | Path | None = None,
         loras: Sequence[tuple[LoRA | str | Path, float]] = (),
         text_encoder: bool = True,
+        t5_precision: str = "auto",
+        keep_t5: bool = True,
+        text_cache: str | Path | TextCache | None = None,
         **fields: Any,
     ) -> Pipeline:
         """Load transformer, T5 and VAE from files or folders; nothing is downloaded.
@@ -78,8 +81,13 @@ class Pipeline:
         folder with one) is for T5 files that bring none. `controlnet` is a ControlNet for the
         transformer, which `generate` gives a control image. `loras` are files or PEFT folders, or
         what `read_lora` made of them, and their strengths, merged into the transformer one after
-        the other. `text_encoder` False loads no T5, for pictures from saved embeddings. `fields`
-        override the model's config (`num_heads=6`, `variant="alpha"`).
+        the other. `text_encoder` False loads no T5, for pictures from saved embeddings.
+        `t5_precision` is what the matrices of T5 are kept in, see `text.read_t5_as`: "auto",
+        "bf16", "fp16", "fp8", "int8" or "int4". `keep_t5` False reads T5 when prompts are to be
+        encoded and lets it leave memory before the first step. `text_cache`, a folder or a
+        `text.TextCache`, keeps encoded prompts, so that one that was encoded before needs no T5;
+        then, too, T5 is read at the first prompt that is not there. `fields` override the model's
+        config (`num_heads=6`, `variant="alpha"`).
 
         Raises CheckpointError (a ValueError) for files that cannot be used, ValueError for
         missing ones, ImportError where diffusers is not installed.
@@ -96,10 +104,8 @@ class Pipeline:
         autoencoder = load_vae(vae or transformer, model.config.variant, device=device)
         encoder = None
         if text_encoder:
-            from .text import T5TextEncoder
-
-            encoder = T5TextEncoder.from_path(t5 or transformer, dtype=dtype, tokenizer=tokenizer,
-                                              device=device)
+            encoder = _open_encoder(t5 or transformer, dtype, tokenizer, device, t5_precision,
+                                    keep_t5, text_cache)
         if encoder is not None and encoder.caption_channels != model.config.caption_channels:
             raise ValueError(f"{Path(t5 or transformer).name} gives captions "
                              f"{encoder.caption_channels} wide, {Path(transformer).name} reads "
@@ -202,6 +208,7 @@ class Pipeline:
         timesteps = settings.timesteps()
         positive = captions.positive(prompts, settings, embeddings)
         negative = captions.negative(settings, len(positive), negative_embeddings)
+        captions.release()
         x = self._start(settings, len(positive), timesteps[0], image)
         predict = self._guided(settings, positive, negative,
                                self._control(settings, control_image, len(positive)))
@@ -298,6 +305,19 @@ class Pipeline:
             return without + settings.guidance * (with_prompt - without)
 
         return predict
+
+
+def _open_encoder(path: str | Path, dtype: torch.dtype, tokenizer: str | Path | None,
+                  device: torch.device, precision: str, keep: bool,
+                  cache: str | Path | TextCache | None) -> T5TextEncoder | LazyT5:
+    """The T5, read at once where it is to stay and prompts are not kept."""
+    from .text import LazyT5, T5TextEncoder, TextCache
+
+    if keep and cache is None:
+        return T5TextEncoder.from_path(path, dtype, tokenizer, device, precision)
+    if cache is not None and not isinstance(cache, TextCache):
+        cache = TextCache(cache)
+    return LazyT5(path, dtype, tokenizer, device, precision, keep, cache)
 
 
 def _to_pixels(image: Image, height: int, width: int) -> Tensor:

@@ -9,6 +9,7 @@ import typer
 
 from ..starter import find_starter
 from .common import DTYPES, console, device_of, flag, one_of, plain_errors
+from .text_options import Precision, check_precision_option
 
 _MAX_TOKENS = 300
 
@@ -34,11 +35,13 @@ def encode(
     device: Annotated[str, flag(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, flag(
         help="auto, float32, bfloat16 or float16. [auto: float32 on the CPU]")] = "auto",
+    t5_precision: Precision = "auto",
 ) -> None:
     """Encode a prompt into a file for `pixart generate --embeddings` and ComfyUI."""
     with plain_errors():
         one_of("--device", device, ("auto", "cpu", "cuda"))
         one_of("--dtype", dtype, ("auto", *DTYPES))
+        check_precision_option(t5_precision)
         if max_tokens is not None and max_tokens < 1:
             raise typer.BadParameter(f"--max-tokens is {max_tokens}; use 1 or more")
         if out.suffix.lower() != ".safetensors":
@@ -52,13 +55,12 @@ def encode(
         name = ("float32" if place.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
         limit = max_tokens or _limit(model)
 
-        from ..text import T5TextEncoder, clean_caption
+        from ..text import T5TextEncoder
         from ..text.embeddings import CaptionEntry, save_embeddings
-        from ..text.weights import encode_prompt
 
         encoder = T5TextEncoder.from_path(t5, dtype=DTYPES[name], tokenizer=tokenizer,
-                                          device=place)
-        states = encode_prompt(encoder, prompt, limit, clean_caption if clean else None, weights)
+                                          device=place, precision=t5_precision)
+        states = encoder.states(prompt, limit, clean, weights)
         info = {"prompt": prompt, "encoder": t5.name, "clean_caption": clean, "weights": weights,
                 "max_tokens": limit}
         save_embeddings(out, [CaptionEntry(states[None].cpu())], info)

@@ -33,6 +33,15 @@ from .sources import (
     with_control,
     with_embeddings,
 )
+from .text_options import (
+    LIMIT_GB,
+    CacheFolder,
+    CacheLimit,
+    Precision,
+    TextOptions,
+    check_precision_option,
+    open_cache,
+)
 
 _RECORDED = tuple(f.name for f in dataclasses.fields(Settings))
 
@@ -106,6 +115,9 @@ def generate(
     device: Annotated[str, flag(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, flag(
         help="auto, float32, bfloat16 or float16. [auto: float32 on the CPU]")] = None,
+    t5_precision: Precision = None,
+    text_cache: CacheFolder = None,
+    text_cache_limit: CacheLimit = LIMIT_GB,
     like: Annotated[Path | None, flag(
         help="Draw a picture of this program again; other options change what they name.")] = None,
     ignore_hashes: Annotated[bool, flag(
@@ -132,6 +144,9 @@ def generate(
         one_of("--device", device, ("auto", "cpu", "cuda"))
         if dtype is not None:
             one_of("--dtype", dtype, ("auto", *DTYPES))
+        if t5_precision is not None:
+            check_precision_option(t5_precision)
+        cache = open_cache(text_cache, text_cache_limit)
         if sampler is not None:
             one_of("--sampler", sampler, SAMPLERS)
         if grid is not None:
@@ -171,7 +186,9 @@ def generate(
         if like and not ignore_hashes:
             compare_hashes(hashes, recorded.get("files"), like)
         place = _device(device, recorded.get("device"))
-        _draw(settings, sources, hashes, overrides, place, _dtype(dtype, recorded, place), target)
+        text = TextOptions(t5_precision or recorded.get("t5_precision", "auto"), cache)
+        _draw(settings, sources, hashes, overrides, place, _dtype(dtype, recorded, place), text,
+              target)
 
 
 def _settings(recorded: dict[str, Any], given: dict[str, Any]) -> Settings:
@@ -220,7 +237,7 @@ def _dtype(wanted: str | None, recorded: dict[str, Any], device: torch.device) -
 
 
 def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], overrides: dict[str, Any],
-          device: torch.device, dtype: str, target: Path) -> None:
+          device: torch.device, dtype: str, text: TextOptions, target: Path) -> None:
     from ..pipeline import Pipeline
 
     if sources.starter:
@@ -232,7 +249,8 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
             transformer=sources.transformer, t5=sources.t5, vae=sources.vae,
             tokenizer=sources.tokenizer, controlnet=sources.controlnet,
             loras=[(lora.read(), lora.strength) for lora in sources.loras],
-            text_encoder=sources.text_encoder, dtype=DTYPES[dtype], device=device, **overrides)
+            text_encoder=sources.text_encoder, dtype=DTYPES[dtype], device=device,
+            t5_precision=text.precision, keep_t5=False, text_cache=text.cache, **overrides)
         settings = settings.resolve(pipeline.config)
         progress.update(task, description="drawing", total=len(settings.timesteps()))
         picture = pipeline.run(
@@ -241,7 +259,7 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
             control_image=sources.open_control_image(), embeddings=sources.embeddings,
             negative_embeddings=sources.negative_embeddings)[0]
     record = {**settings.as_dict(), **record_of(sources.loras),
-              "fields": overrides, "dtype": dtype, "device": device.type,
+              "fields": overrides, "dtype": dtype, "device": device.type, **text.record(),
               "files": hashes, "versions": _versions()}
     write_png(target, picture, record)
     console.print(f"{target}  ({settings.width} x {settings.height} px, {settings.steps} "

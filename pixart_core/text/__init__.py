@@ -9,10 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache import TextCache
     from .caption import clean_caption, simple_caption
     from .embeddings import CaptionEntry, load_embeddings, save_embeddings
     from .encoder import T5TextEncoder
+    from .lazy import LazyT5
     from .t5_file import T5Config, T5File, read_t5
+    from .t5_quant import PRECISIONS, read_t5_as
     from .tokenizer import CaptionTokenizer, TokenizedCaption
     from .weights import encode_prompt, parse_weights
 
@@ -25,6 +28,10 @@ _HOME = {
     "T5File": "t5_file",
     "read_t5": "t5_file",
     "T5TextEncoder": "encoder",
+    "PRECISIONS": "t5_quant",
+    "read_t5_as": "t5_quant",
+    "TextCache": "cache",
+    "LazyT5": "lazy",
     "CaptionEntry": "embeddings",
     "load_embeddings": "embeddings",
     "save_embeddings": "embeddings",
@@ -33,17 +40,21 @@ _HOME = {
 }
 
 __all__ = [
+    "PRECISIONS",
     "CaptionEntry",
     "CaptionTokenizer",
+    "LazyT5",
     "T5Config",
     "T5File",
     "T5TextEncoder",
+    "TextCache",
     "TokenizedCaption",
     "clean_caption",
     "encode_prompt",
     "load_embeddings",
     "parse_weights",
     "read_t5",
+    "read_t5_as",
     "save_embeddings",
     "simple_caption",
 ]

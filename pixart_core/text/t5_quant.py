@@ -31,7 +31,7 @@ AUTO = "auto"
 SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = (AUTO, *SIXTEEN_BITS, *T5_METHODS)
 
-_PIECE = 1 << 22  # numbers that are rounded at once
+_PIECE = 1 << 18  # numbers that are rounded at once; larger temporaries stay with the C library
 # along which side of each tensor the rows of a weight are; other formats look at a whole weight
 _ROWS = {"int8_tensorwise": {"weight": 0, "weight_scale": 0},
          "awq_w4a16": {"weight": 0, "weight_scale": 1, "weight_zero": 1}}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .encoder import T5TextEncoder
+    from .tokenizer import CaptionTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def encode_prompt(encoder: T5TextEncoder, prompt: str, max_tokens: int,
         text = pieces[0].text
         length = len(encoder.tokenizer.encode(text, max_tokens).ids)
         return encoder([text], max_tokens=length)[0][0]
-    ids, factors = _tokens(encoder, pieces, max_tokens)
+    ids, factors = prompt_tokens(encoder.tokenizer, pieces, max_tokens)
     padding = [encoder.tokenizer.pad_id] * len(ids)
     states, _ = encoder.encode_ids([ids], len(ids))
     if all(factor == 1.0 for factor in factors):
@@ -164,15 +165,15 @@ def encode_prompt(encoder: T5TextEncoder, prompt: str, max_tokens: int,
     return weighted.to(states.dtype)
 
 
-def _tokens(encoder: T5TextEncoder, pieces: Sequence[Piece], max_tokens: int
-            ) -> tuple[list[int], list[float]]:
+def prompt_tokens(tokenizer: CaptionTokenizer, pieces: Sequence[Piece], max_tokens: int
+                  ) -> tuple[list[int], list[float]]:
     """Ids and weights of all pieces, the end token last with weight 1; warns where it cuts."""
     ids: list[int] = []
     factors: list[float] = []
     total, cut = 1, ""
     for text, weight in pieces:
         room = max_tokens - 1 - len(ids)
-        piece = encoder.tokenizer.encode(text, room + 1)
+        piece = tokenizer.encode(text, room + 1)
         total += piece.total - 1
         cut += piece.cut_text
         ids += piece.ids[:-1]
@@ -182,4 +183,4 @@ def _tokens(encoder: T5TextEncoder, pieces: Sequence[Piece], max_tokens: int
         shown = shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + "..."
         logger.warning("the prompt has %d tokens and PixArt reads %d; this part is left out: %r",
                        total, max_tokens, shown)
-    return [*ids, encoder.tokenizer.eos_id], [*factors, 1.0]
+    return [*ids, tokenizer.eos_id], [*factors, 1.0]
