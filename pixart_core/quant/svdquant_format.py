@@ -15,10 +15,8 @@ from torch import Tensor
 
 from .kitchen_format import FLOATS, KitchenFormat, require_shape
 from .stored import StoredWeight, Tensors
-
-GROUP = 64
-GELU_SHIFT = 0.171875  # just more than the depth of GELU below zero
-RANK_STEP = 16  # ranks that kernels take are multiples of it
+from .svdquant.int4 import GELU_SHIFT, GROUP, scale_codes, unpack
+from .svdquant.layer import RANK_MULTIPLE
 
 TILED, NATURAL = "kitchen_tile_packed_w4a4", "natural"
 _TILE = 128
@@ -116,9 +114,7 @@ class SVDQuant(KitchenFormat):
             weight = weight.reshape(rows // _TILE, columns // GROUP, 32, 4, GROUP // 2)
             weight = weight.permute(0, 2, 3, 1, 4).reshape(rows, columns // 2)
             scale = scale.permute(1, 0, 2).reshape(columns // GROUP, rows)
-        low, high = (weight << 4) >> 4, weight >> 4  # arithmetic shifts keep the sign
-        codes = torch.stack([low, high], -1).reshape(rows, -1, GROUP).float()
-        return (codes * scale.t().unsqueeze(-1)).reshape(rows, columns)
+        return scale_codes(unpack(weight).float(), scale.t())
 
     def dense(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         up = tensors["proj_up"].float()
@@ -139,7 +135,7 @@ class SVDQuant(KitchenFormat):
         zeros to a multiple of 16.
         """
         rank = tensors["proj_down"].shape[1] + down.shape[1]
-        fill = -rank % RANK_STEP
+        fill = -rank % RANK_MULTIPLE
         like = tensors["proj_down"]
         down = F.pad(down, (0, fill)).to(like)
         up = F.pad(up, (0, fill)).to(like)
