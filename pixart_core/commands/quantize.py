@@ -116,7 +116,6 @@ def quantize(
             quantize_deepcompressor(request)
             return
         kind, run = _quantizer(source)
-        calibration.require_files()
         run(Request(**{**vars(request), "kind": kind}))
 
 

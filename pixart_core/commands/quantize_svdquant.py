@@ -39,6 +39,8 @@ def quantize_calibrated(request: Request) -> None:
     is loaded where that can be.
     """
     options = request.calibration
+    options.require_files()
+    rows = _positive("--rows", options.rows, DEFAULT_ROWS)
     place = device_of(one_of("--device", options.device or "auto", ("auto", "cpu", "cuda")))
     compute = _compute_dtype(options, place)
     network = open_network(request.source, request.kind, request.fields)
@@ -50,7 +52,6 @@ def quantize_calibrated(request: Request) -> None:
         read_transformer(options.base, {}).config
     size = options.size or min(config.image_size, _LARGEST[place.type])
     captions = choose_captions(options, config, size, _COUNT[place.type])
-    rows = _positive("--rows", options.rows, DEFAULT_ROWS)
     said = {"method": request.method.name, "rank": solver.rank, "gptq": solver.gptq,
             "seed": solver.seed, "rows": rows, "captions": captions.count, "size": size,
             "steps": captions.settings.steps, "guidance": captions.settings.guidance,

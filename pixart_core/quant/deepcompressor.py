@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.convert import diffusers_module, native_modules
+from ..checkpoint.convert import diffusers_module
 from ..checkpoint.read import CheckpointError, read_checkpoint
+from .policy import METHODS, layer_kind
 from .stored import StoredWeight
 from .svdquant.int4 import GELU_SHIFT, GROUP, pack
 from .svdquant.layer import RANK_MULTIPLE
@@ -109,10 +110,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _layers(model: Mapping[str, Tensor]) -> list[tuple[str, tuple[str, ...]]]:
-    """Native modules of all blocks and the diffusers modules that each is made of."""
+    """Native layers of all blocks that 4 bits take, and the diffusers layers each is made of."""
     depth = len({name.split(".")[1] for name in model if name.startswith("transformer_blocks.")})
-    names = [name for i in range(depth) for name in native_modules(i)
-             if name.startswith("blocks.")]
+    names = [f"blocks.{i}.{kind}" for i in range(depth) for kind in METHODS["svdquant"].layers]
     pairs = [(name, diffusers_module(name) or ()) for name in names]
     return [(name, parts) for name, parts in pairs if f"{parts[0]}.weight" in model]
 
@@ -123,8 +123,7 @@ def _convert(native: str, parts: tuple[str, ...], found: _Folder, shift: Tensor 
     codes, scales = torch.cat(codes), torch.cat(scales)
     rows, columns = codes.shape
     smooth = _vector(_lookup(found.smooth, parts[0]), columns, f"smooth.pt: {parts[0]}")
-    if native.partition(".")[2].partition(".")[2] in _ATTENTION_OUT \
-            and found.smooth.get(_FUSED, True):
+    if layer_kind(f"{native}.weight") in _ATTENTION_OUT and found.smooth.get(_FUSED, True):
         smooth = None  # the layer before was divided by it
     smooth = torch.ones(columns) if smooth is None else smooth
     down, up = _branch(parts[0], found, rows, columns)
