@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,16 @@ from torch import Tensor
 
 from ...pixart_core.checkpoint.folder import neighbour_index
 from ...pixart_core.quant import pack_linears
-from ...pixart_core.text.t5_file import T5Config, T5File, inspect_t5, read_t5
+from ...pixart_core.text.t5_file import OpenedT5, T5Config, T5File, open_t5, read_t5
+from ...pixart_core.text.t5_quant import (
+    AUTO,
+    SIXTEEN_BITS,
+    check_precision,
+    read_opened,
+    sixteen_bit_dtype,
+)
 from ...pixart_core.text.tokenizer import CaptionTokenizer
-from . import gguf, memory, packed
+from . import gguf, memory, packed, text_cache
 from .files import fingerprint
 from .schema import known_arguments
 
@@ -55,55 +61,103 @@ class TokenReport:
         return f"{self.used} tokens, the limit is {self.limit}; cut: {cut}"
 
 
-def load_clip(path: str, device: str = "default", disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def load_clip(path: str, device: str = "default", disable_dynamic: bool = False,
+              precision: str = AUTO) -> comfy.sd.CLIP:
     """A CLIP from a T5 encoder file or folder; `device` "cpu" keeps it off the card.
 
-    The released size goes through the host's own loader, quantised weights included; other sizes
-    are built from the same host classes. `disable_dynamic` turns the host's dynamic memory
-    management off for this CLIP. Raises CheckpointError that says what the file holds.
+    `precision` is what the matrices are kept in, see the engine's `read_t5_as`. The released size
+    goes through the host's own loader where that reads the file as it is to be; quantised
+    weights that it does not know, those made here, and other sizes are built from the same host
+    classes. `disable_dynamic` turns the host's dynamic memory management off for this CLIP.
+    Raises as `check_t5`.
     """
     with memory.explained(lambda: memory.of_loading(path)):
-        clip = _read_clip(path, device, disable_dynamic)
+        clip = _read_clip(path, device, disable_dynamic, precision)
     # how the host loads it once more, for hooks, other devices and without dynamic memory
-    clip.patcher.cached_patcher_init = (_load_patcher, (path, device))
+    clip.patcher.cached_patcher_init = (_load_patcher, (path, device, precision))
     return clip
 
 
-def _load_patcher(path: str, device: str,
+def load_cached_clip(path: str, device: str, precision: str) -> text_cache.CachedCLIP:
+    """As `load_clip`, but the weights are read when the first prompt is met that is not in the
+    text cache, or a node changes or looks into the encoder."""
+    opened = open_t5(path)
+    tokenizer = _tokenizer_of(opened, _by_the_host(opened, precision))
+    on = "cpu" if device == "cpu" else comfy.model_management.text_encoder_device().type
+    return text_cache.CachedCLIP(
+        text_cache.Source(path, precision, on, lambda: load_clip(path, device,
+                                                                 precision=precision)),
+        tokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings")))
+
+
+def _load_patcher(path: str, device: str, precision: str,
                   disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    return load_clip(path, device, disable_dynamic).patcher
+    return load_clip(path, device, disable_dynamic, precision).patcher
 
 
-def _read_clip(path: str, device: str, disable_dynamic: bool) -> comfy.sd.CLIP:
+def _read_clip(path: str, device: str, disable_dynamic: bool, precision: str) -> comfy.sd.CLIP:
     options: dict[str, Any] = {}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
+    opened = open_t5(path)
+    method = check_precision(opened, precision)
+    if _by_the_host(opened, precision):
+        return _load_by_the_host(opened, options, disable_dynamic, precision)
     embeddings = folder_paths.get_folder_paths("embeddings")
-    if path.lower().endswith(gguf.SUFFIX):
-        # float16 for the embedding table and the norms; the host computes T5 in float32
-        return _build_clip(read_t5(path, torch.float16), embeddings,
-                           {**options, "custom_operations": packed.PackedOperations}, True)
-    if inspect_t5(path).d_model != XXL_WIDTH:
-        return _build_clip(read_t5(path), embeddings, options, disable_dynamic)
-    stock = {"embedding_directory": embeddings, "clip_type": comfy.sd.CLIPType.PIXART,
-             "model_options": options,
+    if method is not None or opened.packed:
+        # 16 bits for the embedding table and the norms; the host computes T5 in float32
+        dtype = sixteen_bit_dtype(opened) if opened.weights else torch.float16
+        file = (read_t5(path, dtype) if method is None
+                else read_opened(opened, method, precision, dtype, wide_wo=False))
+        options["custom_operations"] = packed.PackedOperations
+        return _build_clip(file, embeddings, options, True)
+    file = (read_t5(path) if precision == AUTO
+            else read_opened(opened, None, precision, wide_wo=False))
+    return _build_clip(file, embeddings, options, disable_dynamic)
+
+
+def _by_the_host(opened: OpenedT5, precision: str) -> bool:
+    """Whether the host's own loader takes the file: T5 XXL, no weights quantised in a way that it
+    does not know."""
+    if opened.config.d_model != XXL_WIDTH or precision not in (AUTO, *SIXTEEN_BITS) \
+            or opened.path.suffix.lower() == gguf.SUFFIX:
+        return False
+    kinds = {weight.packing for weight in opened.packed.values()}
+    known = getattr(getattr(comfy, "quant_ops", None), "QUANT_ALGOS", {})
+    return not kinds or (_is_one_file(opened.path) and kinds <= set(known))
+
+
+def _is_one_file(path: Path) -> bool:
+    return path.is_file() and neighbour_index(path) is None
+
+
+def _load_by_the_host(opened: OpenedT5, options: dict[str, Any], disable_dynamic: bool,
+                      precision: str) -> comfy.sd.CLIP:
+    stock = {"embedding_directory": folder_paths.get_folder_paths("embeddings"),
+             "clip_type": comfy.sd.CLIPType.PIXART, "model_options": options,
              **known_arguments(comfy.sd.load_text_encoder_state_dicts,
                                {"disable_dynamic": disable_dynamic})}
-    if os.path.isfile(path) and neighbour_index(Path(path)) is None:
-        return comfy.sd.load_clip(ckpt_paths=[path], **stock)
-    return comfy.sd.load_text_encoder_state_dicts([read_t5(path).state_dict], **stock)
+    if precision != AUTO and {t.dtype for t in opened.weights.values()} != {
+            SIXTEEN_BITS[precision]}:
+        file = read_opened(opened, None, precision, wide_wo=False)
+        return comfy.sd.load_text_encoder_state_dicts([file.state_dict], **stock)
+    if _is_one_file(opened.path):
+        return comfy.sd.load_clip(ckpt_paths=[str(opened.path)], **stock)
+    return comfy.sd.load_text_encoder_state_dicts([read_t5(opened.path).state_dict], **stock)
 
 
-def check_t5(path: str) -> None:
-    """Raise CheckpointError when `path` is no usable T5 encoder; reads headers only."""
-    _check_once(path, fingerprint(path))
+def check_t5(path: str, precision: str = AUTO) -> None:
+    """Raise CheckpointError when `path` is no usable T5 encoder, ValueError or ImportError when it
+    cannot have this precision; reads headers only."""
+    _check_once(path, fingerprint(path), precision)
 
 
 @functools.lru_cache(maxsize=32)
-def _check_once(path: str, _fingerprint: str) -> None:
-    config = inspect_t5(path)
-    if config.d_model != XXL_WIDTH:
-        read_t5(path).tokenizer()  # the host brings that of the released size alone
+def _check_once(path: str, _fingerprint: str, precision: str) -> None:
+    opened = open_t5(path)
+    check_precision(opened, precision)
+    if opened.config.d_model != XXL_WIDTH:
+        _without_weights(opened).tokenizer()  # the host brings that of the released size alone
 
 
 def encode(clip: comfy.sd.CLIP, text: str, limit: int,
@@ -149,12 +203,8 @@ def report_tokens(report: TokenReport | str, node_id: str | None) -> None:
 
 def _build_clip(file: T5File, embeddings: list[str], options: dict[str, Any],
                 disable_dynamic: bool) -> comfy.sd.CLIP:
-    brings_none = file.spiece_model is None and file.tokenizer_json is None
-    if brings_none and file.config.d_model == XXL_WIDTH:
-        tokenizer = comfy.text_encoders.pixart_t5.PixArtTokenizer
-    else:
-        tokenizer = _tokenizer_class(file)
-    target = comfy.supported_models_base.ClipTarget(tokenizer, _encoder_class(file.config))
+    target = comfy.supported_models_base.ClipTarget(_tokenizer_of(file),
+                                                    _encoder_class(file.config))
     options = {**options, "dtype": options.get("dtype") or _dtype(file.state_dict)}
     dynamic = known_arguments(comfy.sd.CLIP, {"disable_dynamic": disable_dynamic})
     if file.packed:
@@ -171,6 +221,18 @@ def _build_clip(file: T5File, embeddings: list[str], options: dict[str, Any],
     if not loads:
         clip.load_sd(file.state_dict)
     return clip
+
+
+def _tokenizer_of(file: T5File | OpenedT5, by_the_host: bool = False) -> type:
+    """The host's tokenizer class for a T5: its own for T5 XXL that brings none."""
+    brings_none = file.spiece_model is None and file.tokenizer_json is None
+    if by_the_host or (brings_none and file.config.d_model == XXL_WIDTH):
+        return comfy.text_encoders.pixart_t5.PixArtTokenizer
+    return _tokenizer_class(file if isinstance(file, T5File) else _without_weights(file))
+
+
+def _without_weights(opened: OpenedT5) -> T5File:
+    return opened.as_file({}, {}, opened.dtype)
 
 
 def _take_packed(clip: comfy.sd.CLIP, file: T5File) -> None:
