@@ -52,6 +52,9 @@ def quantize(
                      "before the model comes.")] = None,
     tokenizer: Annotated[Path | None, flag(
         help="T5's spiece.model or tokenizer.json, for T5 files that bring none.")] = None,
+    t5_precision: Annotated[str | None, flag(
+        help="What the matrices of T5 are kept in: bf16, fp16, fp8, int8 or int4. [as in its "
+             "file, float32 on the CPU]")] = None,
     prompts: Annotated[Path | None, flag(
         help="svdquant: a text file, one prompt a line. [128 that come with this program]")] = None,
     embeddings: Annotated[list[Path] | None, flag(
@@ -98,9 +101,9 @@ def quantize(
     with plain_errors():
         one_of("--dtype", dtype, ("auto", *HALF_DTYPES))
         calibration = CalibrationOptions(
-            t5, tokenizer, prompts, embeddings or None, negative_embeddings, count, size, steps,
-            guidance, rank, rows, gptq, seed, device, calibration_dtype, base, control_images, hed,
-            vae)
+            t5, tokenizer, t5_precision, prompts, embeddings or None, negative_embeddings, count,
+            size, steps, guidance, rank, rows, gptq, seed, device, calibration_dtype, base,
+            control_images, hed, vae)
         if origin is not None:
             one_of("--from", origin, (DEEPCOMPRESSOR,))
             method = method or "svdquant"

@@ -19,6 +19,7 @@ from ..text.embeddings import CaptionRow
 from .quantize_options import CalibrationOptions
 
 PROMPTS = Path(__file__).resolve().parents[1] / "quant" / "prompts.txt"
+AUTO = "auto"
 NEEDED = ("svdquant is calibrated while the model draws: name the T5 with --t5 FILE, or prompts "
           "that are encoded already with --embeddings FILE (pixart encode writes them)")
 
@@ -32,6 +33,7 @@ class CalibrationCaptions:
     prompts: tuple[str, ...]
     t5: Path | None
     tokenizer: Path | None
+    precision: str
     embeddings: tuple[Path, ...]
     negative: Path | None
     count: int
@@ -43,7 +45,7 @@ class CalibrationCaptions:
     def fingerprint(self) -> dict[str, Any]:
         """What the captions depend on; reads the files."""
         given = {"t5": self.t5, "tokenizer": self.tokenizer, "negative_embeddings": self.negative}
-        return {"prompts": list(self.prompts),
+        return {"prompts": list(self.prompts), "t5_precision": self.precision,
                 "embeddings": [sha256_file(path) for path in self.embeddings],
                 **{name: sha256_file(path) for name, path in given.items() if path is not None}}
 
@@ -60,7 +62,7 @@ class CalibrationCaptions:
 
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         encoder = T5TextEncoder.from_path(self.t5, dtype=dtype, tokenizer=self.tokenizer,
-                                          device=device)
+                                          device=device, precision=self.precision)
         if encoder.caption_channels != self.caption_channels:
             raise ValueError(f"{self.t5.name} gives captions {encoder.caption_channels} wide, the "
                              f"model reads {self.caption_channels}; name the T5 that belongs to it")
@@ -94,12 +96,12 @@ def choose_captions(options: CalibrationOptions, config: PixArtConfig, size: int
         raise ValueError(NEEDED)
     channels = config.caption_channels
     if options.embeddings:
-        if options.t5 or options.prompts:
-            raise typer.BadParameter("--embeddings stand in place of --t5 and --prompts; leave "
+        if options.t5 or options.prompts or options.tokenizer or options.t5_precision:
+            raise typer.BadParameter("--embeddings stand in place of a T5 and of --prompts; leave "
                                      "one out")
         captions = Captions(None, channels)
         captions.check(settings, options.embeddings[0], options.negative_embeddings)
-        chosen = CalibrationCaptions(settings, channels, (), None, None,
+        chosen = CalibrationCaptions(settings, channels, (), None, None, AUTO,
                                      tuple(options.embeddings), options.negative_embeddings, 0)
         found = len(chosen._saved(captions))
         return CalibrationCaptions(**{**vars(chosen), "count": min(options.count or found, found)})
@@ -108,7 +110,7 @@ def choose_captions(options: CalibrationOptions, config: PixArtConfig, size: int
                                  "empty prompt is encoded")
     prompts = _spread(read_prompts(options.prompts), options.count or count)
     return CalibrationCaptions(settings, channels, tuple(prompts), options.t5, options.tokenizer,
-                               (), None, len(prompts))
+                               options.t5_precision or AUTO, (), None, len(prompts))
 
 
 def read_prompts(path: Path | None) -> list[str]:

@@ -20,6 +20,7 @@ class CalibrationOptions:
 
     t5: Path | None = None
     tokenizer: Path | None = None
+    t5_precision: str | None = None
     prompts: Path | None = None
     embeddings: list[Path] | None = None
     negative_embeddings: Path | None = None

@@ -21,6 +21,7 @@ from .stored import StoredWeight
 
 _SETTINGS, _INPUTS, _ERRORS = "settings.json", "inputs.safetensors", "errors"
 _BIAS = "bias"
+_SHOWN = 60
 
 
 class SolvedLayer(NamedTuple):
@@ -61,9 +62,9 @@ class WorkFolder:
         for name in [*now, *then]:
             if then.get(name) != now.get(name):
                 raise ValueError(
-                    f"{self.path} was begun with {name} {then.get(name)!r}, this command says "
-                    f"{now.get(name)!r}; give the same settings to go on, or delete the folder to "
-                    "begin again")
+                    f"{self.path} was begun with {name} {_short(then.get(name))}, this command "
+                    f"says {_short(now.get(name))}; give the same settings to go on, or delete the "
+                    "folder to begin again")
 
     def save_inputs(self, samples: Mapping[str, Tensor]) -> None:
         """Keep the calibration rows (rows, K) of each layer."""
@@ -100,6 +101,11 @@ class WorkFolder:
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name.removesuffix('.weight')}.safetensors"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _read_json(file: Path) -> dict[str, Any]:
