@@ -8,17 +8,19 @@ quantised, for a token of T5 has a few values that are far larger than all other
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.mapped import release_pages
 from ..checkpoint.read import CheckpointError
+from ..quant.eight_bit import Float8E4M3
 from ..quant.kitchen_format import KitchenFormat
 from ..quant.policy import METHODS, T5_METHODS, Method, t5_layers, t5_options
 from ..quant.stored import StoredWeight, Tensors, WeightFormat
@@ -32,8 +34,8 @@ SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = (AUTO, *SIXTEEN_BITS, *T5_METHODS)
 
 _PIECE = 1 << 18  # numbers that are rounded at once; larger temporaries stay with the C library
-# along which side of each tensor the rows of a weight are; other formats look at a whole weight
-_ROWS = {"int8_tensorwise": {"weight": 0, "weight_scale": 0},
+# along which side of each tensor the rows of a weight are; the others belong to all of it
+_ROWS = {"float8_e4m3fn": {"weight": 0}, "int8_tensorwise": {"weight": 0, "weight_scale": 0},
          "awq_w4a16": {"weight": 0, "weight_scale": 1, "weight_zero": 1}}
 
 
@@ -142,8 +144,11 @@ def quantized(opened: OpenedT5, method: Method) -> Iterator[tuple[str, StoredWei
     _warn_of_others(opened, shapes, names, method)
     options = t5_options(method)
     for name in names:
-        pieces = [method.format.quantize(piece, options)
-                  for piece in _pieces(opened, name, method.format)]
+        quantize = method.format.quantize
+        if issubclass(method.format, Float8E4M3):
+            largest = max(piece.abs().amax() for piece in _pieces(opened, name))
+            quantize = functools.partial(_float8, method.format, largest)
+        pieces = [quantize(piece, options) for piece in _pieces(opened, name)]
         if opened.mapped:
             release_pages([opened.weights[name]])
         yield name, _joined(pieces)
@@ -181,10 +186,19 @@ def _kept(opened: OpenedT5, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _pieces(opened: OpenedT5, name: str, form: type[KitchenFormat]) -> Iterator[Tensor]:
-    """Some rows of a weight after the other, in float32; all at once where the format wants it."""
+def _float8(form: type[Float8E4M3], largest: Tensor, piece: Tensor,
+            options: Mapping[str, Any]) -> StoredWeight:
+    """Rows of a weight whose largest magnitude is at float8's largest number."""
+    own = form(piece.shape, dict(options))
+    scale = (largest / torch.finfo(form.dtype).max).clamp(min=1e-12)
+    codes = own.kitchen().quantize_per_tensor_fp8(piece, scale, form.dtype)
+    return StoredWeight(own, {"weight": codes, "weight_scale": scale})
+
+
+def _pieces(opened: OpenedT5, name: str) -> Iterator[Tensor]:
+    """Some rows of a weight after the other, in float32."""
     tensor, scale = opened.weights[name], opened.scales.get(name)
-    rows = max(_PIECE // tensor.shape[1], 1) if form.name in _ROWS else tensor.shape[0]
+    rows = max(_PIECE // tensor.shape[1], 1)
     for start in range(0, tensor.shape[0], rows):
         part = tensor[start: start + rows]
         own = scale if scale is None or scale.numel() == 1 else scale.flatten()[start: start + rows]
@@ -198,8 +212,9 @@ def _joined(pieces: list[StoredWeight]) -> StoredWeight:
     if len(pieces) == 1:
         return first
     shape = torch.Size((sum(piece.shape[0] for piece in pieces), first.shape[1]))
-    tensors = {part: torch.cat([piece.tensors[part] for piece in pieces], side)
-               for part, side in _ROWS[first.packing].items()}
+    sides = _ROWS[first.packing]
+    tensors = {part: torch.cat([piece.tensors[part] for piece in pieces], sides[part])
+               if part in sides else tensor for part, tensor in first.tensors.items()}
     return StoredWeight(dataclasses.replace(first.format, shape=shape), tensors)
 
 
