@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SMALL_T5 = ("T5 in fewer bits (--t5-precision, t5_precision): T5 XXL is 5 GB in int8, 3 GB in "
              "int4; or from a GGUF file, 5 GB in Q8_0")
 _NO_T5 = "captions from `pixart encode` (--embeddings, --negative-embeddings) in place of T5"
-_GGUF = "a GGUF file of it (pixart convert IN OUT.gguf): half of 16 bits in Q8_0"
+_SMALL = "a quantised file of it (pixart quantize IN OUT --method int8 or svdquant)"
 _OTHER_PROGRAMS = "closing other programs that use the same memory"
 
 
@@ -25,7 +25,7 @@ def of_loading() -> Description:
     """Loading the models of a pipeline."""
     return "loading the models", [f"{_NO_T5}, the largest of them", _SMALL_T5,
                                   "dtype bfloat16 or float16 in place of float32",
-                                  f"for the transformer {_GGUF}", _OTHER_PROGRAMS]
+                                  f"for the transformer {_SMALL}", _OTHER_PROGRAMS]
 
 
 def of_encoding(encoder: T5TextEncoder | LazyT5) -> Description:
@@ -54,7 +54,7 @@ def of_drawing(pipeline: Pipeline, settings: Settings, pictures: int, guided: bo
     if weights.dtype == torch.float32:
         hints.append("dtype bfloat16 or float16 in place of float32")
     if not any(isinstance(layer, PackedWeight) for layer in network.modules()):
-        hints.append(f"for the transformer {_GGUF}")
+        hints.append(f"for the transformer {_SMALL}")
     return (f"the PixArt-{config.variant} transformer ({', '.join(filter(None, parts))})",
             [*hints, _OTHER_PROGRAMS])
 

@@ -23,11 +23,12 @@ from .gguf import SUFFIX
 LATENT_PIXELS = 8
 NOT_WORTH_NAMING = 0.1  # of what models hold
 _LOW = ("NO_VRAM", "LOW_VRAM")
-_SMALLER_WEIGHTS = ("a smaller file of the transformer, which is {bytes} here: a GGUF one (pixart "
-                    "convert IN OUT.gguf, Q8_0 unless told), or weight_dtype float8_e4m3fn in "
-                    "PixArt Model Loader")
+_SMALLER_WEIGHTS = ("a smaller file of the transformer, which is {bytes} here: pixart quantize IN "
+                    "OUT.safetensors --method int8 or svdquant (4 bits), a GGUF one (pixart "
+                    "convert IN OUT.gguf), or weight_dtype float8_e4m3fn in PixArt Model Loader")
 _WITHOUT_T5 = ("no text encoder, with prompts from PixArt Load Embeddings that PixArt Save "
-               "Embeddings wrote once; or a smaller T5 file, GGUF in Q8_0 (5 GB for T5 XXL) or fp8")
+               "Embeddings wrote once; or precision int8 (5 GB for T5 XXL) or int4 (3 GB) in "
+               "PixArt T5 Loader")
 _OTHER_PROGRAMS = "closing other programs that use the same memory"
 
 
@@ -73,7 +74,7 @@ def of_model_call(model: Any, x: Tensor, control: Any, options: dict[str, Any]) 
 def of_loading(path: str) -> Description:
     """Loading a transformer or a text encoder from a file or a folder."""
     hints = [] if path.lower().endswith(SUFFIX) else [
-        "a smaller file of the same model: GGUF in Q8_0 is about half of 16 bits"]
+        "a smaller file of the same model: pixart quantize IN OUT --method int8 halves 16 bits"]
     return f"loading {os.path.basename(path)} ({_size_of(path)})", _general(
         comfy.model_management.unet_offload_device(), hints)
 

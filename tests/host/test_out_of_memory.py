@@ -54,7 +54,7 @@ def test_sampling_out_of_memory(host, failure):
     assert ("\n1. batch_size 1 on the latent node instead of 2, and more runs\n"
             "2. a smaller picture than 128 x 96 px; the model was trained at 64 x 64\n"
             ) in error.message
-    assert "GGUF" in error.message
+    assert "pixart quantize" in error.message
     assert "--lowvram" not in error.message  # which a CPU has no use of
     held = memory(host)["count"]
     if failure in DEVICE:
@@ -86,7 +86,7 @@ def test_only_what_would_help_is_named(host):
     graph.picture(graph.ksampler(steps=1))
     message = host.run(graph, ok=False).error.message
     assert "(1 picture of 64 x 64 px" in message and "\n1. a smaller picture" in message
-    assert not any(words in message for words in ("batch_size", "trained", "GGUF one", "Control"))
+    assert not any(words in message for words in ("batch_size", "trained", "pixart quantize", "Control"))
 
 
 def test_other_models_that_take_room_are_named(host):
@@ -123,4 +123,4 @@ def test_loading_out_of_memory(host, lives_on, failure):
     error = host.run(graph, ok=False).error
     assert error.node == node.id
     assert error.message.startswith(f"Not enough memory for loading {MODEL} (")
-    assert "\n1. a smaller file of the same model: GGUF" in error.message
+    assert "\n1. a smaller file of the same model: pixart quantize" in error.message
