@@ -86,7 +86,8 @@ def test_only_what_would_help_is_named(host):
     graph.picture(graph.ksampler(steps=1))
     message = host.run(graph, ok=False).error.message
     assert "(1 picture of 64 x 64 px" in message and "\n1. a smaller picture" in message
-    assert not any(words in message for words in ("batch_size", "trained", "pixart quantize", "Control"))
+    absent = ("batch_size", "trained", "pixart quantize", "Control")
+    assert not any(words in message for words in absent)
 
 
 def test_other_models_that_take_room_are_named(host):
