@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def quantize_calibrated(request: Request) -> None:
         **captions.fingerprint(), **_fingerprint(options)})
     if resumed:
         errors.print(f"going on with {work.path}", highlight=False, soft_wrap=True)
-    with progress_bars(errors, hidden=True) as progress:
+    with _kept(work), progress_bars(errors, hidden=True) as progress:
         inputs = work.inputs()
         if inputs is None:
             drawing = progress.add_task("calibration", total=captions.passes())
@@ -107,6 +109,17 @@ def _calibrate(request: Request, network: Network, captions: CalibrationCaptions
     with sampled_inputs(watched, layers, rows, captions.settings.seed) as samples:
         draw_all(model, captions.settings, positive, negative, controls, done)
     return {name: sample.rows() for name, sample in samples.items()}
+
+
+@contextmanager
+def _kept(work: WorkFolder) -> Iterator[None]:
+    """Say what Ctrl-C leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"stopped; the same command goes on with {work.path}", highlight=False,
+                     soft_wrap=True)
+        raise
 
 
 def _solver(options: CalibrationOptions, dtype: torch.dtype) -> SVDQuantSettings:

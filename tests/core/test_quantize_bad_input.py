@@ -1,6 +1,7 @@
 """What stands in the way of pixart quantize, and of the files it writes: one clear error each."""
 
 import json
+import os
 
 import comfy_kitchen
 import pytest
@@ -75,6 +76,12 @@ def test_what_cannot_be_written_is_said_before_anything_is_read(run, tmp_path, t
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
     fails(run("quantize", "broken.safetensors", target, "--method", "int8", *flags), expected)
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
+
+
+def test_a_folder_that_cannot_be_written_to(run, folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda _, mode, **__: mode != os.W_OK)
+    fails(run("quantize", folder / "model.safetensors", "q.safetensors", "--method", "int8"),
+          "cannot be written to")
 
 
 def test_an_input_that_is_not_there(run):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from quant_layers import quantized
-from quantize_models import make_model, run, words
+from quantize_models import make_control, make_model, run, words
 
 from pixart_core.commands.describe_quantized import describe_quantized, runner
 from pixart_core.quant.kitchen import Backend
@@ -27,6 +27,14 @@ def test_a_whole_file(run, tmp_path):
     shown = words(run("inspect", "q.safetensors"))
     assert "int8_tensorwise in 14 layers" in shown and "bits per weight" in shown
     assert "eager (plain PyTorch on the CPU)" in shown or torch.cuda.is_available()
+
+
+def test_a_controlnet(run, tmp_path):
+    control = make_control(tmp_path / "control.safetensors",
+                           make_model(tmp_path / "model.safetensors", depth=2))
+    run("quantize", control, "q.safetensors", "--method", "int4")
+    shown = words(run("inspect", "q.safetensors"))
+    assert "a PixArt ControlNet" in shown and "awq_w4a16 in 6 layers" in shown
 
 
 def test_bits_count_scales_and_branch():

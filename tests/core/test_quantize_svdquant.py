@@ -15,6 +15,8 @@ from quantize_models import (
     run,
     words,
 )
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 typer_testing = pytest.importorskip("typer.testing")
 
@@ -90,6 +92,18 @@ def test_unpacked_weights_bring_the_bias_that_belongs_to_them(folder):
             assert relative(fc2(x), expected) < 0.1
 
 
+def test_a_branch_of_another_rank(folder, tmp_path):
+    """A file whose two halves of a branch do not fit is refused before it computes anything."""
+    with safe_open(folder / "q.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    name = "blocks.0.mlp.fc1.proj_up"
+    tensors[name] = tensors[name][..., :8, :].contiguous()
+    save_file(tensors, tmp_path / "bad.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.proj_up has shape"):
+        pc.load_transformer(tmp_path / "bad.safetensors")
+
+
 def test_the_seed_decides(solve, folder):
     """The same command gives the same tensors, whether it reports or not."""
     solve("same.safetensors")
@@ -111,7 +125,8 @@ def stopped(solve, monkeypatch):
         return original(*arguments, **named)
 
     monkeypatch.setattr(solve_network, "solve_layer", stop)
-    assert solve().exit_code != 0
+    done = solve()
+    assert done.exit_code != 0 and "the same command goes on" in done.stderr
     calls.clear()
     calls.extend([None] * 10)  # past the stop
     return calls
@@ -165,7 +180,6 @@ def test_prompts_through_t5(run, folder, tmp_path):
     done = run("quantize", model, "q.safetensors", *QUICK, "--t5", STARTER.t5_file, "--prompts",
                "scenes.txt", "--count", 2, "--guidance", 3)
     assert done.exit_code == 0, done.output
-    from safetensors import safe_open
     with safe_open(tmp_path / "q.safetensors", "pt") as file:
         said = json.loads(file.metadata()["pixart_quantization"])
     assert (said["captions"], said["steps"], said["guidance"]) == (2, 2, 3.0)
