@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint.read import read_checkpoint
 from ..checkpoint.write import write_checkpoint
-from ..config import METADATA_KEY
+from ..config import LATENT_SCALE, METADATA_KEY
 from ..load import open_transformer
 from .loop import Listener, Outcome, train
 from .recipes import RECIPES, make_recipe, recipe_settings
@@ -146,8 +147,36 @@ def _retarget(out: Path, settings: dict[str, Any]) -> None:
     write_checkpoint(target, weights, {METADATA_KEY: config.to_json()})
 
 
+def _recache(out: Path, settings: dict[str, Any]) -> None:
+    """A cache for the other variant whose VAE has the same latents, `vae_scale` apart.
+
+    Nothing is encoded again: the shards are those of `source`. Raises ValueError for VAEs that
+    differ in more than their scale.
+    """
+    from ..checkpoint import sha256_file
+    from .data.index import INDEX_NAME, read_index
+
+    source = Path(settings["source"])
+    old, new = (dict(read_checkpoint(settings[name]).state_dict) for name in ("old_vae", "vae"))
+    for tensors in (old, new):
+        tensors.pop("vae_scale", None)
+    if old.keys() != new.keys() or not all(torch.equal(old[name], new[name]) for name in old):
+        raise ValueError(f"{settings['old_vae']} and {settings['vae']} are different VAEs: a cache "
+                         "of one is none of the other")
+    index = read_index(source)
+    index.facts = dataclasses.replace(
+        index.facts, variant=settings["variant"], latent_scale=LATENT_SCALE[settings["variant"]],
+        vae_sha256=sha256_file(Path(settings["vae"])))
+    out.mkdir(parents=True, exist_ok=True)
+    for file in source.glob("*.safetensors"):
+        if not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
+    (out / INDEX_NAME).unlink(missing_ok=True)
+    index.write(out)
+
+
 _ACTIONS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
-    "scenes": _scenes, "cache": _cache, "retarget": _retarget,
+    "scenes": _scenes, "cache": _cache, "retarget": _retarget, "recache": _recache,
 }
 
 

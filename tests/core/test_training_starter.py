@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import pixart_core as pc
 from pixart_core.commands import app
 from pixart_core.starter import starter_in
+from pixart_core.training.data.index import read_index
 from pixart_core.training.starter import FILE, make_starter, read_family
 
 TINY = {"base64": {"steps": 2, "batch_size": 2}, "base": {"steps": 2, "batch_size": 2},
@@ -34,7 +35,7 @@ def family(tmp_path_factory):
             step["model"].update(depth=3, hidden_size=48, num_heads=2, mlp_hidden_size=64)
         if "kv_compression" in step:
             step["kv_compression"]["layers"] = [2]
-        if step["do"] not in ("scenes", "cache", "retarget"):
+        if step["do"] not in ("scenes", "cache", "retarget", "recache"):
             step.update(sample_every=0)
     path = tmp_path_factory.mktemp("family") / "tiny.yaml"
     path.write_text(yaml.safe_dump(entries, sort_keys=False))
@@ -70,6 +71,24 @@ def test_its_members_draw_together(made):
         assert picture.size == (96, 64)
         hint = pc.HEDDetector.from_path(found.hed)(torch.rand(1, 3, 64, 96))
         assert hint.shape == (1, 1, 64, 96)
+
+
+def test_sigma_trains_on_the_same_latents(made):
+    """Protects an hour of encoding: alike VAEs share the shards, others are refused."""
+    work = made[1]
+    first, second = (read_index(work / name) for name in ("cache", "sigma-cache"))
+    assert (second.facts.variant, second.facts.latent_scale) == ("sigma", 0.13025)
+    assert first.facts.vae_sha256 != second.facts.vae_sha256
+    assert [s.digest for s in first.shards] == [s.digest for s in second.shards]
+    other = made[0].parent / "other.safetensors"
+    tensors = load_file(work / "vae" / "vae.safetensors")
+    save_file({name: t + 1 for name, t in tensors.items()}, other)
+    step = {"name": "x", "do": "recache", "source": str(work / "cache"), "variant": "sigma",
+            "old_vae": str(work / "vae" / "vae.safetensors"), "vae": str(other)}
+    path = made[0].parent / "other.yaml"
+    path.write_text(yaml.safe_dump({"steps": [step], "files": {"a": "b"}}))
+    with pytest.raises(ValueError, match="different VAEs"):
+        make_starter(made[0].parent / "out", made[0].parent / "work", read_family(path))
 
 
 def test_the_sigma_member_is_of_its_own_kind(made):
