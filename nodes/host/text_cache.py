@@ -57,10 +57,6 @@ class Source:
     def clip(self) -> comfy.sd.CLIP:
         return self._load()
 
-    @property
-    def is_loaded(self) -> bool:
-        return "clip" in vars(self)
-
     @functools.cached_property
     def _hash(self) -> str:
         return self.cache.encoder_hash(self._path)
@@ -82,6 +78,22 @@ class Source:
                          device=self._on, computed="by the host in float32")
 
 
+class UnloadedPatcher:
+    """Stands for the patcher of a CLIP that is not loaded: newer hosts look at the patcher of all
+    that nodes give each other. What anyone takes from it or sets on it loads the CLIP."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        vars(self)["_load"] = load
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._load(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._load(), name, value)
+
+
 class CachedCLIP(comfy.sd.CLIP):
     """A CLIP of the host whose weights are read at the first need.
 
@@ -98,6 +110,14 @@ class CachedCLIP(comfy.sd.CLIP):
 
     @property
     def patcher(self) -> Any:
+        return UnloadedPatcher(self._loaded) if self._patcher is None else self._patcher
+
+    @patcher.setter
+    def patcher(self, patcher: Any) -> None:
+        self._patcher = patcher
+
+    def _loaded(self) -> Any:
+        """The patcher, of the encoder as it was loaded until a node changes it."""
         if self._patcher is None:
             loaded = self._source.clip
             self._patcher = loaded.patcher.clone()
@@ -106,13 +126,13 @@ class CachedCLIP(comfy.sd.CLIP):
                     vars(self).setdefault(name, value)
         return self._patcher
 
-    @patcher.setter
-    def patcher(self, patcher: Any) -> None:
-        self._patcher = patcher
-
     @property
     def cond_stage_model(self) -> Any:
-        return self.patcher.model
+        return self._loaded().model
+
+    def load_model(self, *arguments: Any, **named: Any) -> Any:
+        self._loaded()
+        return super().load_model(*arguments, **named)
 
     def clone(self, **arguments: Any) -> CachedCLIP:
         copy = object.__new__(type(self))
@@ -120,12 +140,12 @@ class CachedCLIP(comfy.sd.CLIP):
         vars(copy).update((k, v) for k, v in vars(self).items() if not callable(v))
         copy.tokenizer_options = self.tokenizer_options.copy()
         if self._patcher is not None or any(arguments.values()):
-            copy._patcher = self.patcher.clone(**arguments)
+            copy._patcher = self._loaded().clone(**arguments)
         return copy
 
     def get_ram_usage(self) -> int:
         """What older hosts ask of everything that nodes give each other."""
-        return self.patcher.get_ram_usage() if self._patcher is not None else 0
+        return self._patcher.get_ram_usage() if self._patcher is not None else 0
 
     def encode_from_tokens(self, tokens: dict[str, list], return_pooled: bool | str = False,
                            return_dict: bool = False) -> Any:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ LIMIT_GB = 1.0
 FOLDER_VARIABLE, LIMIT_VARIABLE = "PIXART_TEXT_CACHE", "PIXART_TEXT_CACHE_GB"
 
 _FORMAT = 1
-_SUFFIX = ".safetensors"
+_SUFFIX, _CONFIG = ".safetensors", "config.json"
 _HASHES = "encoders"  # a folder of the cache: {path, size, time -> hash} of every encoder
 _LEFT_OVER = 3600  # seconds after which an unfinished file has no writer any more
 
@@ -46,16 +45,8 @@ class TextCache:
                              "no cache")
         self.folder, self.limit = Path(folder), limit
 
-    def states(self, key: str, encode: Callable[[], Tensor]) -> Tensor:
-        """The states (L, D) or (B, L, D) under `key`; `encode` makes them where there are none."""
-        found = self.get(key)
-        if found is None:
-            found = encode()
-            self.put(key, found)
-        return found
-
     def get(self, key: str) -> Tensor | None:
-        """The states under `key`, as they were put there, None for a miss.
+        """The states (L, D) or (B, L, D) under `key`, as they were put there, None for a miss.
 
         A damaged entry is removed, which is logged, and is a miss.
         """
@@ -83,7 +74,7 @@ class TextCache:
         row = states.ndim == 2
         whole = states[None] if row else states
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._make_folder()
             save_embeddings(self._path(key), [CaptionEntry(whole.detach().cpu())],
                             {"key": key, "row": row})
             self._make_room()
@@ -105,9 +96,10 @@ class TextCache:
         except (OSError, ValueError, KeyError, TypeError):
             known = None
         logger.info("text cache: reading %s once, to know it again", Path(path).name)
-        digest = _sha256([[f.name, sha256_file(f)] for f in files])
+        digest = _sha256([[f.name == _CONFIG, sha256_file(f)] for f in files])
         try:
-            note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._make_folder()
+            note.parent.mkdir(exist_ok=True)
             temporary = note.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.part")
             temporary.write_text(json.dumps({"files": seen, "sha256": digest}), encoding="utf-8")
             os.replace(temporary, note)
@@ -117,6 +109,9 @@ class TextCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{_SUFFIX}"
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def _make_room(self) -> None:
         entries = []
@@ -156,7 +151,7 @@ def encoder_files(path: str | Path) -> list[Path]:
         raise CheckpointError(f"{path} does not exist")
     if index is not None:
         files = [index, *(index.parent / name for name in sorted(set(read_index(index).values())))]
-    config = folder / "config.json"
+    config = folder / _CONFIG
     return [*files, config] if config.is_file() else files
 
 
