@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -119,7 +120,7 @@ def quantize(
             quantize_deepcompressor(request)
             return
         kind, run = _quantizer(source)
-        run(Request(**{**vars(request), "kind": kind}))
+        run(dataclasses.replace(request, kind=kind))
 
 
 def _quantizer(source: Path) -> tuple[str, Callable[[Request], None]]:

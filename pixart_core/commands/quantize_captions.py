@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def choose_captions(options: CalibrationOptions, config: PixArtConfig, size: int
         chosen = CalibrationCaptions(settings, channels, (), None, None, AUTO,
                                      tuple(options.embeddings), options.negative_embeddings, 0)
         found = len(chosen._saved(captions))
-        return CalibrationCaptions(**{**vars(chosen), "count": min(options.count or found, found)})
+        return dataclasses.replace(chosen, count=min(options.count or found, found))
     if options.negative_embeddings is not None:
         raise typer.BadParameter("--negative-embeddings belong to --embeddings; with --t5 the "
                                  "empty prompt is encoded")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from rich.table import Table
+from torch import Tensor
 
 from ..quant.network import (
     Network,
@@ -46,8 +48,9 @@ def quantize_network(request: Request) -> None:
     finish(request, network, stored, dtype, {"method": request.method.name}, found)
 
 
-def finish(request: Request, network: Network, stored: Mapping[str, StoredWeight], dtype: Any,
-           said: Mapping[str, Any], found: Errors, biases: Mapping[str, Any] | None = None) -> None:
+def finish(request: Request, network: Network, stored: Mapping[str, StoredWeight],
+           dtype: torch.dtype, said: Mapping[str, Any], found: Errors,
+           biases: Mapping[str, Tensor] | None = None) -> None:
     """Write the file and the report, print the summary."""
     size = write_network(request.target, network, stored, dtype, said, biases)
     if request.report is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import sha256_file
-from ..config import PixArtConfig
+from ..config import ControlNetConfig
 from ..load import read_transformer
 from ..model import Control
+from ..model.controlnet import check_fit
 from ..quant.calibrate import sampled_inputs
 from ..quant.network import Network, open_network, storage_dtype
 from ..quant.solve_network import solve_network
@@ -50,8 +51,10 @@ def quantize_calibrated(request: Request) -> None:
     names = network.layers(request.method)
     dtype = storage_dtype(network, request.dtype)
     solver = _solver(options, dtype)
-    config = network.config if isinstance(network.config, PixArtConfig) else \
-        read_transformer(options.base, {}).config
+    config = network.config
+    if isinstance(config, ControlNetConfig):
+        config = read_transformer(options.base, {}).config
+        check_fit(network.config, config)
     size = options.size or min(config.image_size, _LARGEST[place.type])
     captions = choose_captions(options, config, size, _COUNT[place.type])
     said = {"method": request.method.name, "rank": solver.rank, "gptq": solver.gptq,
@@ -87,7 +90,7 @@ def quantize_calibrated(request: Request) -> None:
 
 def _calibrate(request: Request, network: Network, captions: CalibrationCaptions,
                names: list[str], rows: int, compute: torch.dtype, place: torch.device,
-               done: Any) -> dict[str, Tensor]:
+               done: Callable[[], None]) -> dict[str, Tensor]:
     """What enters each layer while the captions are drawn, (rows, K) by layer name."""
     from ..load import load_transformer
     from ..load_control import load_controlnet

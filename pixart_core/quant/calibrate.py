@@ -6,7 +6,7 @@ SVDQuant (arXiv 2411.05007) chooses its smoothing and its branch by the output e
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -67,7 +67,7 @@ def sampled_inputs(model: nn.Module, layers: Iterable[str], count: int,
             handle.remove()
 
 
-def _watch(sample: RowSample):
+def _watch(sample: RowSample) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         sample.add(arguments[0])
     return hook

@@ -157,6 +157,16 @@ def test_a_controlnet_needs_what_it_steers(run, folder):
           "is a ControlNet", "--base, --control-images, --vae")
 
 
+def test_a_controlnet_of_another_width(run, folder, tmp_path):
+    """Said before anything is drawn."""
+    base = make_model(tmp_path / "base.safetensors", hidden_size=128, num_heads=4)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    fails(run("quantize", folder / "control.safetensors", "q.safetensors", *SVDQUANT, "--base",
+              base, "--vae", STARTER.vae, "--control-images", "images", "--embeddings",
+              folder / "captions.safetensors"), "64 wide with 2 heads", "128 wide with 4")
+
+
 def test_t5_options(run):
     fails(run("quantize", STARTER.t5_file, "q.safetensors", "--method", "int8", "--rank", 16,
               "--report", "r.json"), "--rank, --report: for PixArt models", code=2)
