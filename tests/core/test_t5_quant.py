@@ -133,32 +133,31 @@ def test_everything_else_of_a_file_has_16_bits(tmp_path):
 
 def test_memory_holds_the_result_and_little_more(tmp_path):
     """The file is four times what is kept, and mapped: pages that were read are let go of."""
+    if sys.platform != "linux":
+        pytest.skip("pages of mapped files are let go of on Linux alone")
     config = T5Config(d_model=1024, d_kv=64, d_ff=2048, num_layers=6, num_heads=16, vocab_size=100)
     shapes = expected_shapes(config)
     base = torch.randn(2048 * 1024, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "t5.safetensors"
     written = stream_checkpoint(path, ((n, base[:torch.Size(s).numel()].reshape(s))
                                        for n, s in shapes.items()), {}, 300 * len(shapes))
-    peaks = {}
-    for precision in ("fp8", "int8"):
-        run = subprocess.run([sys.executable, "-c", PEAK, path, precision], capture_output=True,
-                             text=True, check=True, cwd=Path(__file__).parents[2])
-        peak, kept = map(int, run.stdout.split())
-        peaks[precision] = peak - kept
-        assert kept < written / 3.5
-    assert max(peaks.values()) < 60e6 < written / 3, peaks
+    run = subprocess.run([sys.executable, "-c", PEAK, path, "int8"], capture_output=True, text=True,
+                         check=True, cwd=Path(__file__).parents[2])
+    peak, kept = map(int, run.stdout.split())
+    assert kept < written / 3.5
+    assert peak - kept < 60e6 < written / 3
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
+from benchmarks.measure import peak_memory
 from pixart_core.quant.policy import METHODS
 from pixart_core.text.t5_quant import read_t5_as
 METHODS[sys.argv[2]].format.quantize(torch.randn(64, 64))  # comfy-kitchen is there
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+before = peak_memory()
 file = read_t5_as(sys.argv[1], sys.argv[2], torch.bfloat16)
 kept = sum(t.nbytes for t in (*file.state_dict.values(), *file.packed.values()))
-print(peak() - before, kept)
+print(peak_memory() - before, kept)
 """
 
 
