@@ -7,18 +7,21 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.read import read_checkpoint
 from ..checkpoint.write import write_checkpoint
-from ..config import LATENT_SCALE, METADATA_KEY
+from ..config import LATENT_SCALE, METADATA_KEY, Variant
 from ..load import open_transformer
 from .loop import Listener, Outcome, train
 from .recipes import RECIPES, make_recipe, recipe_settings
 from .settings import read_settings_file
+
+if TYPE_CHECKING:
+    from ..vae import VAE
 
 FILE = Path(__file__).resolve().parent / "configs" / "starter.yaml"
 _HALF = torch.float16
@@ -114,7 +117,6 @@ def _scenes(out: Path, settings: dict[str, Any]) -> None:
 def _cache(out: Path, settings: dict[str, Any]) -> None:
     from ..checkpoint import sha256_file
     from ..text import T5TextEncoder
-    from ..vae import load_vae
     from .data import CacheSettings, build_cache
 
     images, t5, vae = (Path(settings.pop(name)) for name in ("images", "t5", "vae"))
@@ -122,7 +124,15 @@ def _cache(out: Path, settings: dict[str, Any]) -> None:
     device = torch.device(own.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     build_cache(images, out, own,
                 lambda: T5TextEncoder.from_path(t5, dtype=torch.float32, device=device),
-                lambda: load_vae(vae, own.variant, device=device))
+                lambda: _fast_vae(vae, own.variant, device))
+
+
+def _fast_vae(path: Path, variant: Variant, device: torch.device) -> VAE:
+    from ..vae import load_vae
+
+    vae = load_vae(path, variant, device=device)
+    vae.network.to(memory_format=torch.channels_last)  # a third faster on the CPU
+    return vae
 
 
 def _retarget(out: Path, settings: dict[str, Any]) -> None:
