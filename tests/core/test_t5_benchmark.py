@@ -26,6 +26,8 @@ def test_the_starter(monkeypatch):
 def test_bytes(monkeypatch, tmp_path):
     """The way of --xxl: files written, loaded from 16 bits and from the file; nothing stays."""
     monkeypatch.setattr(t5_precision, "PRECISIONS", ("auto", "int8"))
+    monkeypatch.setattr(t5_precision, "_in_a_process",
+                        lambda path, precision: t5_precision._child(str(path), precision))
     report = t5_precision.sizes(SMALL, str(tmp_path))
     assert cells(report, "int8")[1] == cells(report, "int8")[2] == "2"
     assert not list(tmp_path.iterdir())
