@@ -29,5 +29,6 @@ def test_bytes(monkeypatch, tmp_path):
     monkeypatch.setattr(t5_precision, "_in_a_process",
                         lambda path, precision: t5_precision._child(str(path), precision))
     report = t5_precision.sizes(SMALL, str(tmp_path))
-    assert cells(report, "int8")[1] == cells(report, "int8")[2] == "2"
+    written, kept = map(int, cells(report, "int8")[1:3])  # 1.3 MB of int8, 0.2 of the rest
+    assert 1 <= kept <= written <= 2
     assert not list(tmp_path.iterdir())
