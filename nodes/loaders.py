@@ -12,6 +12,7 @@ from ..pixart_core.text.t5_quant import PRECISIONS
 from .host import files
 from .host.clip import check_t5, load_cached_clip, load_clip
 from .host.model import check_transformer, load_model
+from .host.packed import report_packed
 from .host.schema import CATEGORY, advanced, require_option, schema
 
 DTYPES: dict[str, torch.dtype | None] = {
@@ -53,7 +54,9 @@ class PixArtLoader(io.ComfyNode):
                             "load diffusion model", "unet loader"],
             inputs=[
                 io.Combo.Input("model_name", options=files.choices("diffusion_models"),
-                               tooltip="A PixArt transformer in models/diffusion_models."),
+                               tooltip="A PixArt transformer in models/diffusion_models, quantised "
+                                       "ones (pixart quantize, GGUF) too: what runs those here "
+                                       "is shown on the node."),
                 advanced(io.Combo.Input, "weight_dtype", options=list(DTYPES), default="auto",
                          tooltip="auto lets ComfyUI choose for your card. float16 follows the "
                                  "original more closely than bfloat16; float8 halves the memory."),
@@ -64,6 +67,7 @@ class PixArtLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model",
                                      tooltip="Works with every stock node that takes a MODEL.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -72,7 +76,9 @@ class PixArtLoader(io.ComfyNode):
         require_option("variant", variant, VARIANTS)
         fields = {} if variant == "auto" else {"variant": variant}
         path = files.full_path("diffusion_models", model_name)
-        return io.NodeOutput(load_model(path, DTYPES[weight_dtype], fields))
+        model = load_model(path, DTYPES[weight_dtype], fields)
+        text = report_packed(model.model, model.load_device, cls.hidden.unique_id)
+        return io.NodeOutput(model, ui=None if text is None else {"text": [text]})
 
     @classmethod
     def validate_inputs(cls, model_name=None) -> bool | str:

@@ -19,6 +19,7 @@ import comfy.ops
 import comfy.utils
 import torch
 import torch.nn.functional as F
+from server import PromptServer
 from torch import Tensor, nn
 
 from ...pixart_core.quant import PackedWeight
@@ -143,6 +144,21 @@ def packed_layer(model: nn.Module, key: str) -> HostPackedWeight | None:
         return None
     layer = comfy.utils.get_attr(model, key.removesuffix(_PART))
     return layer if isinstance(layer, HostPackedWeight) and layer.packing is not None else None
+
+
+def report_packed(model: nn.Module, device: torch.device, node_id: str | None) -> str | None:
+    """Log, and show on the node, what runs the quantised layers; None where there are none."""
+    counts: dict[str, int] = {}
+    for _, layer in packed_layers(model):
+        line = f"{layer.format.name}: {layer.format.runner(device)}"
+        counts[line] = counts.get(line, 0) + 1
+    if not counts:
+        return None
+    text = "\n".join(f"{count} layers in {line}" for line, count in counts.items())
+    logger.info(text)
+    if node_id is not None and PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+    return text
 
 
 def refuse_saving(model: nn.Module) -> None:

@@ -28,22 +28,9 @@ def describe_quantized(packed: Mapping[str, StoredWeight]) -> list[Row]:
         if isinstance(weights[0].format, SVDQuant):
             rows.append(Row("rank", _ranks(weights), "shapes"))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        rows.append(Row(f"{name} on {device}", runner(weights[0].format, device),
+        rows.append(Row(f"{name} on {device}", weights[0].format.runner(device),
                         "comfy-kitchen on this machine"))
     return rows
-
-
-def runner(form: KitchenFormat, device: str) -> str:
-    """What multiplies with a weight of `form` on a device and why, or what is in the way."""
-    try:
-        backend = form.backend(device)
-    except ImportError as error:
-        return str(error)
-    if form.full_precision or form.runs_on(torch.device(device)):
-        return str(backend)
-    needed = ".".join(map(str, form.capability))
-    return (f"unpacked for each product by {backend.name} (its kernels need a card of compute "
-            f"capability {needed} or higher)")
 
 
 def _ranks(weights: Sequence[StoredWeight]) -> str:

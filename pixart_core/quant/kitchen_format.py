@@ -34,7 +34,7 @@ class KitchenFormat(WeightFormat):
     # tensors beside "weight", without the bias: name -> the dtypes it may have
     parts: ClassVar[Mapping[str, tuple[torch.dtype, ...]]]
     known_options: ClassVar[tuple[str, ...]] = ()
-    quantizes_input: ClassVar[bool] = True
+    capability: ClassVar[tuple[int, int]] = (0, 0)  # of cards that `runs_on` asks for
 
     @classmethod
     def read(cls, layer: str, tensors: Tensors, options: Mapping[str, Any]) -> StoredWeight:
@@ -78,6 +78,18 @@ class KitchenFormat(WeightFormat):
         if self.full_precision:
             return Backend("unpacked", "the file asks for products in full precision")
         return backend_for(self.name, self.functions, device)
+
+    def runner(self, device: torch.device | str) -> str:
+        """What multiplies on a device and why, or what is in the way, in words."""
+        try:
+            backend = self.backend(device)
+        except ImportError as error:
+            return str(error)
+        if self.full_precision or self.runs_on(torch.device(device)):
+            return str(backend)
+        needed = ".".join(map(str, self.capability))
+        return (f"unpacked for each product by {backend.name} (its kernels need a card of compute "
+                f"capability {needed} or higher)")
 
     def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
         # kernels have no gradient: what trains through a quantised layer sees the dense weight

@@ -36,6 +36,10 @@ class WeightFormat(ABC):
         """x (..., in) through the layer: (..., out), in the dtype of x."""
         return F.linear(x, self.dense(tensors, x.dtype), self.dense_bias(tensors, bias))
 
+    def runner(self, device: torch.device | str) -> str:
+        """What multiplies on a device and why, in words."""
+        return "unpacked for each product"
+
     def is_finite(self, tensors: Tensors) -> bool:
         """Whether every number that the tensors hold is finite."""
         floats = [t for t in tensors.values() if t.is_floating_point()]

@@ -5,7 +5,7 @@ import torch
 from quant_layers import quantized
 from quantize_models import make_control, make_model, run, words
 
-from pixart_core.commands.describe_quantized import describe_quantized, runner
+from pixart_core.commands.describe_quantized import describe_quantized
 from pixart_core.quant.kitchen import Backend
 from pixart_core.quant.policy import METHODS
 
@@ -68,7 +68,7 @@ def test_gguf_has_none():
     ("fp8", "compute capability 8.9"), ("mxfp8", "10.0"), ("nvfp4", "10.0"),
     ("int8", "eager"), ("svdquant", "eager"), ("int4", "eager")])
 def test_what_runs_it_on_the_cpu(name, expected):
-    assert expected in runner(weight(name).format, "cpu")
+    assert expected in weight(name).format.runner("cpu")
 
 
 def test_what_runs_it_on_a_card(monkeypatch):
@@ -77,10 +77,10 @@ def test_what_runs_it_on_a_card(monkeypatch):
 
     monkeypatch.setattr(kitchen_format, "backend_for",
                         lambda *_: Backend("triton", "cuda: needs a newer driver"))
-    assert runner(weight("svdquant").format, "cuda") == "triton (cuda: needs a newer driver)"
+    assert weight("svdquant").format.runner("cuda") == "triton (cuda: needs a newer driver)"
 
 
 def test_layers_that_ask_for_full_precision():
     form = METHODS["int8"].format.quantize(torch.randn(64, 64),
                                            {"full_precision_matrix_mult": True}).format
-    assert "unpacked" in runner(form, "cpu")
+    assert "unpacked" in form.runner("cpu")
