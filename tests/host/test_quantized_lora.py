@@ -143,6 +143,15 @@ def test_a_hook_and_a_merge_reach_a_quantised_model(host, model):
     assert relative(latents(host, model, "merged", merge), dense_bare) < 1e-3
 
 
+def test_the_loader_shows_what_runs_the_layers(host, model):
+    host.free()  # or the host would have the node's output still
+    graph = StarterGraph(model=model)
+    save(graph, graph.ksampler(steps=1), "shown")
+    shown = "".join(text for _, text in host.run(graph).progress_text)
+    name = {"svdquant": "svdquant_w4a4", "int8": "int8_tensorwise", "int4": "awq_w4a16"}
+    assert f"layers in {name[model.split('.')[0]]}: eager (plain PyTorch on the CPU)" in shown
+
+
 def test_saving_a_quantised_model_says_what_to_do(host, model):
     graph = StarterGraph(model=model)
     graph.add("ModelSave", model=graph.model, filename_prefix="packed")

@@ -1,4 +1,4 @@
-"""`precision` of PixArt T5 Loader: the engine's states, files written once, memory, clear errors."""
+"""`precision` of PixArt T5 Loader: states, files written once, memory, clear errors."""
 
 import json
 import os
