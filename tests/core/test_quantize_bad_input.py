@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import pixart_core as pc
-from pixart_core.commands.describe_quantized import runner
 from pixart_core.starter import find_starter
 
 STARTER = find_starter()
@@ -209,7 +208,7 @@ def test_a_comfy_kitchen_that_is_too_old(run, folder, monkeypatch):
     model = pc.load_transformer(folder / "int8.safetensors", dtype=torch.float32)
     with torch.no_grad(), pytest.raises(ImportError, match="pip install -U comfy-kitchen"):
         model(torch.zeros(1, 4, 4, 4), torch.tensor([5.0]), torch.zeros(1, 2, 16))
-    assert "pip install -U comfy-kitchen" in runner(model.blocks[0].mlp.fc1.format, "cpu")
+    assert "pip install -U comfy-kitchen" in model.blocks[0].mlp.fc1.format.runner("cpu")
     assert run("inspect", folder / "int8.safetensors").exit_code == 0
     fails(run("quantize", folder / "model.safetensors", "q.safetensors", "--method", "int8"),
           "pip install -U comfy-kitchen")
