@@ -9,7 +9,7 @@ CUDA itself takes and the allocator's rounding.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ META = torch.device("meta")
 GB = 1e9
 T5_XXL = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128)
 RANK = 32
+TILES = "bf16, tiles of 512 px"
 KL = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 4, "layers_per_block": 2,
       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
       "sample_size": 512}
@@ -55,32 +56,15 @@ class Phase(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> str:
     """Count, print and return the report."""
     options = _arguments().parse_args(argv)
-    texts = {name: text_phase(name, options.tokens) for name in ("bf16", "fp8", "int8", "int4")}
-    models = {name: model_phase(name, options.pixels, options.tokens, options.guidance)
-              for name in ("bf16", "int8", "int4", "svdquant")}
-    vaes = {"float32, whole": vae_phase(torch.float32, False, options.pixels),
-            "bf16, whole": vae_phase(torch.bfloat16, False, options.pixels),
-            "bf16, tiles of 512 px": vae_phase(torch.bfloat16, True, options.pixels),
-            "TAESD bf16": vae_phase(torch.bfloat16, False, options.pixels, tiny=True)}
+    texts, models, vaes = all_phases(options.pixels, options.tokens, options.guidance)
     header = ["phase", "precision", "weights, GB", "activations, GB", "sum, GB"]
     rows = [phase.row(label, name) for label, phases in (
         (f"T5-XXL, {options.tokens} tokens", texts),
         (f"XL/2, {options.pixels} px{', guidance' if options.guidance else ''}", models),
         ("VAE decoding", vaes)) for name, phase in phases.items()]
-    nothing = Phase(0, 0)
-    recipes = [
-        ("as released: T5 bf16, bf16, VAE float32", texts["bf16"], models["bf16"],
-         vaes["float32, whole"]),
-        ("8 GB: T5 int8, bf16", texts["int8"], models["bf16"], vaes["bf16, whole"]),
-        ("6 GB: T5 int4, int8, tiles", texts["int4"], models["int8"],
-         vaes["bf16, tiles of 512 px"]),
-        ("4 GB: T5 int4, SVDQuant, tiles", texts["int4"], models["svdquant"],
-         vaes["bf16, tiles of 512 px"]),
-        ("T5 on the CPU, SVDQuant, tiles", nothing, models["svdquant"],
-         vaes["bf16, tiles of 512 px"]),
-    ]
     peaks = [[name, *(f"{p.total / GB:.2f}" for p in phases),
-              f"**{max(p.total for p in phases) / GB:.2f}**"] for name, *phases in recipes]
+              f"**{max(p.total for p in phases) / GB:.2f}**"]
+             for name, phases in recipes_of(texts, models, vaes).items()]
     report = "\n".join([
         f"Counted, not timed; {versions()}.\n", f"Command: `{command()}`\n",
         table(header, rows),
@@ -89,6 +73,37 @@ def main(argv: Sequence[str] | None = None) -> str:
     if options.out:
         options.out.write_text(report)
     return report
+
+
+def recipe_phases(pixels: int = 1024, tokens: int = 300,
+                  ) -> dict[str, tuple[Phase, Phase, Phase]]:
+    """Text encoding, sampling and decoding of every recipe, without guidance."""
+    return recipes_of(*all_phases(pixels, tokens, False))
+
+
+def all_phases(pixels: int, tokens: int, guidance: bool) -> tuple[dict[str, Phase], ...]:
+    """T5, the transformer and the VAE at every precision."""
+    texts = {name: text_phase(name, tokens) for name in ("bf16", "fp8", "int8", "int4")}
+    models = {name: model_phase(name, pixels, tokens, guidance)
+              for name in ("bf16", "int8", "int4", "svdquant")}
+    vaes = {"float32, whole": vae_phase(torch.float32, False, pixels),
+            "bf16, whole": vae_phase(torch.bfloat16, False, pixels),
+            TILES: vae_phase(torch.bfloat16, True, pixels),
+            "TAESD bf16": vae_phase(torch.bfloat16, False, pixels, tiny=True)}
+    return texts, models, vaes
+
+
+def recipes_of(texts: Mapping[str, Phase], models: Mapping[str, Phase],
+               vaes: Mapping[str, Phase]) -> dict[str, tuple[Phase, Phase, Phase]]:
+    """The recipes of docs/small-memory.md, the largest first."""
+    return {
+        "As released: all in 16 bits, VAE in 32":
+            (texts["bf16"], models["bf16"], vaes["float32, whole"]),
+        "8 GB: T5 int8": (texts["int8"], models["bf16"], vaes["bf16, whole"]),
+        "6 GB: T5 int4, model int8, VAE in tiles": (texts["int4"], models["int8"], vaes[TILES]),
+        "4 GB: T5 int4, SVDQuant, VAE in tiles": (texts["int4"], models["svdquant"], vaes[TILES]),
+        "T5 on the CPU: SVDQuant, VAE in tiles": (Phase(0, 0), models["svdquant"], vaes[TILES]),
+    }
 
 
 def text_phase(precision: str, tokens: int) -> Phase:
