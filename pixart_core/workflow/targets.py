@@ -46,7 +46,9 @@ TARGETS = {
          "variant": ("COMBO", "auto")},
         {"model": "MODEL"}),
     "PixArtT5Loader": Target(
-        "PixArt T5 Loader", {}, {"t5_name": ("COMBO", ""), "device": ("COMBO", "default")},
+        "PixArt T5 Loader", {},
+        {"t5_name": ("COMBO", ""), "device": ("COMBO", "default"), "precision": ("COMBO", "auto"),
+         "text_cache": ("BOOLEAN", False)},
         {"clip": "CLIP"}),
     "PixArtTextEncode": Target(
         "PixArt Text Encode", {"clip": "CLIP", "model": "MODEL"},
