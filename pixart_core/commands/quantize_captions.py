@@ -19,7 +19,7 @@ from ..settings import Settings
 from ..text.embeddings import CaptionRow
 from .quantize_options import CalibrationOptions
 
-PROMPTS = Path(__file__).resolve().parents[1] / "quant" / "prompts.txt"
+PROMPTS = Path(__file__).resolve().parents[1] / "quantize" / "prompts.txt"
 AUTO = "auto"
 NEEDED = ("svdquant is calibrated while the model draws: name the T5 with --t5 FILE, or prompts "
           "that are encoded already with --embeddings FILE (pixart encode writes them)")

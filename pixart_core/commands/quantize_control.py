@@ -9,7 +9,7 @@ import typer
 from torch import Tensor
 
 from ..control_image import fit_image
-from ..quant.network import Network
+from ..quantize.network import Network
 from ..settings import Settings
 from .quantize_options import CalibrationOptions
 from .sources import Sources

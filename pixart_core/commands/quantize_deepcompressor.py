@@ -8,8 +8,8 @@ import torch
 import typer
 
 from ..load import read_transformer
-from ..quant.deepcompressor import read_deepcompressor
-from ..quant.network import Network
+from ..quantize.deepcompressor import read_deepcompressor
+from ..quantize.network import Network
 from .quantize_network import finish
 from .quantize_options import Request
 

@@ -9,7 +9,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..quant.network import (
+from ..quant.stored import StoredWeight
+from ..quantize.network import (
     Network,
     open_network,
     round_network,
@@ -17,8 +18,7 @@ from ..quant.network import (
     weight_errors,
     write_network,
 )
-from ..quant.report import Errors, mean_errors, worst_layer, write_report
-from ..quant.stored import StoredWeight
+from ..quantize.report import Errors, mean_errors, worst_layer, write_report
 from .common import console, errors, progress_bars
 from .quantize_options import Request
 

@@ -18,12 +18,12 @@ from ..config import ControlNetConfig
 from ..load import read_transformer
 from ..model import Control
 from ..model.controlnet import check_fit
-from ..quant.calibrate import sampled_inputs
-from ..quant.network import Network, open_network, storage_dtype
-from ..quant.solve_network import solve_network
 from ..quant.svdquant import SVDQuantSettings
 from ..quant.svdquant.layer import RANK_MULTIPLE
-from ..quant.work import WorkFolder
+from ..quantize.calibrate import sampled_inputs
+from ..quantize.network import Network, open_network, storage_dtype
+from ..quantize.solve_network import solve_network
+from ..quantize.work import WorkFolder
 from .common import DTYPES, device_of, errors, one_of, progress_bars
 from .quantize_captions import CalibrationCaptions, choose_captions
 from .quantize_control import check_control, control_latents
@@ -94,7 +94,7 @@ def _calibrate(request: Request, network: Network, captions: CalibrationCaptions
     """What enters each layer while the captions are drawn, (rows, K) by layer name."""
     from ..load import load_transformer
     from ..load_control import load_controlnet
-    from ..quant.trajectory import draw_all
+    from ..quantize.trajectory import draw_all
 
     options = request.calibration
     positive, negative = captions.encoded(place)

@@ -69,3 +69,12 @@ def test_engine_works_inside_another_package(tmp_path: Path) -> None:
                             cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "custom_nodes.some-folder.pixart_core.load"
+
+
+def test_quantised_weights_know_nothing_of_files_and_models() -> None:
+    """Arrows point one way: readers and loaders use `quant`, and `quantize` uses them."""
+    climbing = [f"{path.name}:{node.lineno}" for path in (ENGINE / "quant").rglob("*.py")
+                for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                if isinstance(node, ast.ImportFrom)
+                and node.level > len(path.relative_to(ENGINE / "quant").parts)]
+    assert climbing == []

@@ -5,9 +5,9 @@ import torch
 from quantize_models import make_model
 
 import pixart_core as pc
-from pixart_core.quant.calibrate import RowSample, sampled_inputs
 from pixart_core.quant.policy import METHODS, transformer_layers
-from pixart_core.quant.trajectory import draw, draw_all
+from pixart_core.quantize.calibrate import RowSample, sampled_inputs
+from pixart_core.quantize.trajectory import draw, draw_all
 from pixart_core.settings import Settings
 from pixart_core.text.embeddings import CaptionRow
 

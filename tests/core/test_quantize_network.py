@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 import pixart_core as pc
 from pixart_core.config import METADATA_KEY
-from pixart_core.quant.network import QUANTIZATION_KEY
 from pixart_core.quant.policy import METHODS
+from pixart_core.quantize.network import QUANTIZATION_KEY
 
 ROUNDED = [name for name, method in METHODS.items() if not method.calibrated]
 

@@ -23,7 +23,7 @@ typer_testing = pytest.importorskip("typer.testing")
 import pixart_core as pc  # noqa: E402
 from pixart_core.checkpoint import read_checkpoint  # noqa: E402
 from pixart_core.cli import app  # noqa: E402
-from pixart_core.quant import solve_network  # noqa: E402
+from pixart_core.quantize import solve_network  # noqa: E402
 from pixart_core.starter import find_starter  # noqa: E402
 
 STARTER = find_starter()

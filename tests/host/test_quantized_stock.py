@@ -12,8 +12,8 @@ from graphs import Graph
 
 import pixart_core as pc
 from pixart_core.config import LATENT_SCALE
-from pixart_core.quant.network import open_network, round_network, write_network
 from pixart_core.quant.policy import METHODS
+from pixart_core.quantize.network import open_network, round_network, write_network
 
 sys.path.append(str(Path(__file__).parents[1] / "core"))
 from quantize_models import make_captions, make_control, make_model, write

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ..checkpoint.convert import diffusers_module
 from ..checkpoint.read import CheckpointError, read_checkpoint
-from .policy import METHODS, layer_kind
-from .stored import StoredWeight
-from .svdquant.int4 import GELU_SHIFT, GROUP, pack
-from .svdquant.layer import RANK_MULTIPLE
-from .svdquant_format import SVDQuant
+from ..quant.policy import METHODS, layer_kind
+from ..quant.stored import StoredWeight
+from ..quant.svdquant.int4 import GELU_SHIFT, GROUP, pack
+from ..quant.svdquant.layer import RANK_MULTIPLE
+from ..quant.svdquant_format import SVDQuant
 
 FILES = ("model.pt", "scale.pt", "smooth.pt", "branch.pt")
 _SHIFTED, _SHIFT = ".ff.net.2.linear.", ".ff.net.2.shift"

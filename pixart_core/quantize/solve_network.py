@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.mapped import release_pages
-from .network import Network
-from .policy import behind_gelu
-from .stored import StoredWeight
-from .svdquant import (
+from ..quant.policy import behind_gelu
+from ..quant.stored import StoredWeight
+from ..quant.svdquant import (
     SVDQuantLayer,
     SVDQuantSettings,
     output_error,
@@ -19,7 +18,8 @@ from .svdquant import (
     smooth_only,
     solve_layer,
 )
-from .svdquant_format import SVDQuant
+from ..quant.svdquant_format import SVDQuant
+from .network import Network
 from .work import SolvedLayer, WorkFolder
 
 OURS, NEAREST, SMOOTHED = "svdquant", "round_to_nearest", "smoothing_alone"

@@ -17,9 +17,9 @@ from ..checkpoint.write import write_checkpoint
 from ..config import METADATA_KEY, ControlNetConfig, PixArtConfig
 from ..load import main_dtype, read_transformer, require_finite
 from ..load_control import CONTROLNET_KINDS, read_controlnet
-from .formats import file_tensors
-from .policy import Method, quantize_weights, transformer_layers, unfit_layers
-from .stored import StoredWeight
+from ..quant.formats import file_tensors
+from ..quant.policy import Method, quantize_weights, transformer_layers, unfit_layers
+from ..quant.stored import StoredWeight
 
 QUANTIZATION_KEY = "pixart_quantization"
 HALF_DTYPES = (torch.float16, torch.bfloat16)

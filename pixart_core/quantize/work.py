@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..checkpoint.read import CheckpointError, read_checkpoint
 from ..checkpoint.write import write_checkpoint
-from .formats import file_tensors
-from .stored import StoredWeight
+from ..quant.formats import file_tensors
+from ..quant.stored import StoredWeight
 
 _SETTINGS, _INPUTS, _ERRORS = "settings.json", "inputs.safetensors", "errors"
 _BIAS = "bias"

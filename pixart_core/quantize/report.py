@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.read import CheckpointError
-from .policy import LAYERS, layer_kind
+from ..quant.policy import LAYERS, layer_kind
 
 TOTAL = "all"
 Errors = Mapping[str, Mapping[str, float]]  # layer -> what was tried -> relative error
