@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from .checkpoint import write_checkpoint
 from .config import METADATA_KEY, ControlNetConfig, PixArtConfig
+from .whole import whole_file
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -84,10 +83,6 @@ def _write_folder(folder: Path, state_dict: Mapping[str, Tensor], beside: Mappin
                   header: str) -> None:
     text = json.dumps(beside, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".config.json.{secrets.token_hex(4)}.part"
-    try:
+    with whole_file(folder / "config.json") as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / "config.json")
-    finally:
-        temporary.unlink(missing_ok=True)
     write_checkpoint(folder / WEIGHTS_NAME, state_dict, {METADATA_KEY: header, "format": "pt"})

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .extras import require
+from .whole import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,15 +30,8 @@ def write_png(path: str | Path, image: Image, settings: dict[str, Any]) -> None:
         chunks.add_text(CHUNK, json.dumps(settings, allow_nan=False))  # plain ASCII
     except TypeError as error:
         raise ValueError(f"settings cannot be kept as JSON: {error}") from error
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("wb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunks)
 
 
 def check_png_path(path: str | Path) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ..config import METADATA_KEY, PixArtConfig
 from ..extras import require
 from ..quant.blocks import PACKINGS
 from ..quant.packed import PackedTensor
+from ..whole import whole_file
 from .gguf import ARCHITECTURE, SUFFIX
 from .header import CheckpointError
 
@@ -79,32 +78,27 @@ def write_file(path: str | Path, architecture: str, tensors: Mapping[str, Tensor
     """
     path = Path(path)
     gguf = require("gguf", "writing GGUF files", extra="gguf")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        writer = gguf.GGUFWriter(temporary, architecture)
-        try:
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{quant}"]))
-            describe(writer)
-            for name, tensor in tensors.items():
-                raw = gguf.GGMLQuantizationType[kinds[name]]
-                size, nbytes = gguf.GGML_QUANT_SIZES[raw]
-                writer.add_tensor_info(name, tuple(tensor.shape), None,
-                                       math.prod(tensor.shape) // size * nbytes, raw_dtype=raw)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for name, tensor in tensors.items():  # one at a time: no second copy of the model
-                writer.write_tensor_data(_encoded(gguf, name, tensor, kinds[name]))
-        finally:
-            writer.close()
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            writer = gguf.GGUFWriter(temporary, architecture)
+            try:
+                writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+                writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{quant}"]))
+                describe(writer)
+                for name, tensor in tensors.items():
+                    raw = gguf.GGMLQuantizationType[kinds[name]]
+                    size, nbytes = gguf.GGML_QUANT_SIZES[raw]
+                    writer.add_tensor_info(name, tuple(tensor.shape), None,
+                                           math.prod(tensor.shape) // size * nbytes, raw_dtype=raw)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for name, tensor in tensors.items():  # one at a time: no second copy of the model
+                    writer.write_tensor_data(_encoded(gguf, name, tensor, kinds[name]))
+            finally:
+                writer.close()
     except Exception as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _encoded(gguf: Any, name: str, tensor: Tensor | PackedTensor, kind: str) -> Any:

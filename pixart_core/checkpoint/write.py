@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from ..whole import whole_file
 from .header import CheckpointError
 
 _CHUNK = 1 << 22
@@ -35,19 +34,11 @@ def write_checkpoint(path: str | Path, state_dict: Mapping[str, Tensor],
     wrong = [k for k, v in metadata.items() if not (isinstance(k, str) and isinstance(v, str))]
     if wrong:
         raise ValueError(f"metadata entry {wrong[0]!r} is not text; encode it as JSON first")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # save_file makes files that only their owner can read
-        save_file(_separate(state_dict), str(temporary), metadata=dict(metadata) or None)
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            save_file(_separate(state_dict), str(temporary), metadata=dict(metadata) or None)
     except Exception as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

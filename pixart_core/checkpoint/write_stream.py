@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..whole import whole_file
 from .header import CheckpointError
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -36,10 +35,9 @@ def stream_checkpoint(path: str | Path, tensors: Iterable[tuple[str, Tensor]],
         raise ValueError(f"{path.name}: weights are written as .safetensors files only")
     room = -(-room // _ALIGNMENT) * _ALIGNMENT
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     end = 0
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             file.seek(8 + room)
             for name, tensor in tensors:
                 if name in header or tensor.dtype not in _NAMES:
@@ -56,11 +54,6 @@ def stream_checkpoint(path: str | Path, tensors: Iterable[tuple[str, Tensor]],
                                  "left for it")
             file.seek(0)
             file.write(room.to_bytes(8, "little") + text.ljust(room))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return end

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from ..png import check_png_path
 from ..settings import SAMPLERS
+from ..whole import whole_file
 from .common import (
     DTYPES,
     console,
@@ -132,7 +131,8 @@ def evaluate(
             if controlnet is not None:
                 result |= _control(pipeline, prompts, drawn, draw, scene_seed, steered, hed, plot)
         if out is not None:
-            _write(out, json.dumps(result, indent=2).encode())
+            with whole_file(out) as temporary:
+                temporary.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 def _judge(count: int, drawn: SceneSettings, seed: int) -> dict[str, Any]:
@@ -207,7 +207,8 @@ def _plot(path: Path, rows: list[ControlRow], limits: dict[str, ControlRow]) -> 
     sweep_chart(rows, limits).save(png, "PNG")
     for target, content in ((path, png.getvalue()),
                             (path.with_suffix(".csv"), sweep_table(rows, limits).encode())):
-        _write(target, content)
+        with whole_file(target) as temporary:
+            temporary.write_bytes(content)
         console.print(f"wrote {target}", highlight=False, soft_wrap=True)
 
 
@@ -234,13 +235,3 @@ def _strength(text: str) -> float:
         raise typer.BadParameter(f"--strengths has {text!r}; write numbers of 0 or more, with "
                                  "commas between")
     return value
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The file whole or not at all."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

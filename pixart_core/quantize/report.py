@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.read import CheckpointError
 from ..quant.policy import LAYERS, layer_kind
+from ..whole import whole_file
 
 TOTAL = "all"
 Errors = Mapping[str, Mapping[str, float]]  # layer -> what was tried -> relative error
@@ -35,11 +35,8 @@ def write_report(path: Path, said: Mapping[str, Any], errors: Errors) -> None:
     """Write `said` and all errors as JSON, whole or not at all; CheckpointError where it cannot."""
     content = {**said, "mean": mean_errors(errors),
                "layers": {name: dict(found) for name, found in errors.items()}}
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ solved layer has a file of its own. Every file is written whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from ..checkpoint.read import CheckpointError, read_checkpoint
 from ..checkpoint.write import write_checkpoint
 from ..quant.formats import file_tensors
 from ..quant.stored import StoredWeight
+from ..whole import whole_file
 
 _SETTINGS, _INPUTS, _ERRORS = "settings.json", "inputs.safetensors", "errors"
 _BIAS = "bias"
@@ -51,9 +51,8 @@ class WorkFolder:
             return True
         try:
             self.path.mkdir(exist_ok=True)
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-            os.replace(part, file)
+            with whole_file(file) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}") from error
         return False

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checkpoint.folder import find_files, neighbour_index, read_index
 from ..checkpoint.read import CheckpointError
 from ..checkpoint.write import sha256_file
+from ..whole import whole_file
 from .embeddings import CaptionEntry, load_embeddings, save_embeddings
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,9 @@ class TextCache:
         try:
             self._make_folder()
             note.parent.mkdir(exist_ok=True)
-            temporary = note.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.part")
-            temporary.write_text(json.dumps({"files": seen, "sha256": digest}), encoding="utf-8")
-            os.replace(temporary, note)
+            with whole_file(note) as temporary:
+                temporary.write_text(json.dumps({"files": seen, "sha256": digest}),
+                                     encoding="utf-8")
         except OSError as error:
             logger.warning("the text cache cannot note the hash of the encoder: %s", error)
         return digest

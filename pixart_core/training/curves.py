@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.header import CheckpointError
 from ..extras import how_to_install
+from ..whole import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,8 @@ class Curves:
         self.out = out
         path = out / _LINES
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(out, step)
 
@@ -56,9 +55,8 @@ class Curves:
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
-        temporary = path.with_name(f".{path.name}.part")
-        Image.fromarray(pixels).save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            Image.fromarray(pixels).save(temporary, format="PNG")
         if self._board is not None:
             self._board.add_image("samples", picture, step)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from ..extras import require
+from ..whole import whole_file
 from .graph import WorkflowError
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -49,17 +48,9 @@ def write_workflow(path: str | Path, document: Any) -> None:
         content = json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # half a character pair, which only escapes can hold
         content = json.dumps(document, indent=2).encode() + b"\n"
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            temporary.chmod(path.stat().st_mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    mode = path.stat().st_mode if path.exists() else None
+    with whole_file(path, mode=mode) as temporary:
+        temporary.write_bytes(content)
 
 
 def _parse(text: str, name: str) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, Literal
 
 from ...checkpoint.header import CheckpointError
 from ...config import Variant
+from ...whole import whole_file
 
 FORMAT = 1
 INDEX_NAME = "index.json"
@@ -99,18 +98,12 @@ class CacheIndex:
     def write(self, folder: Path) -> None:
         """Write index.json, whole or not at all. Raises CheckpointError where that fails."""
         target = folder / INDEX_NAME
-        temporary = folder / f".{INDEX_NAME}.{secrets.token_hex(4)}.part"
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            with whole_file(target) as temporary:
+                temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{target} could not be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> CacheIndex:

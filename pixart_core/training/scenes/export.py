@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ...extras import require
+from ...whole import whole_file
 from ..draws import mix_seed
 from .captions import captions
 from .draw import SceneSettings, Split, draw_scene
@@ -144,16 +143,11 @@ def _save(pictures: Tensor, folder: Path, numbers: list[int]) -> None:
     pixels = (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for number, picture in zip(numbers, pixels, strict=True):
         path = folder / f"{number:06d}.png"
-        part = path.with_name(f".{path.name}.part")
         image = Image.fromarray(picture if picture.shape[-1] == 3 else picture[..., 0])
-        image.save(part, format="PNG", compress_level=1)
-        os.replace(part, path)
+        with whole_file(path, sync=False) as temporary:
+            image.save(temporary, format="PNG", compress_level=1)
 
 
 def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
