@@ -22,8 +22,9 @@ SIZE = (1600, 1100)
 BOX = (150, 100, 1550, 800)  # left, top, right, bottom of the plotted area
 BLUE: Color = (0, 114, 178)  # two colours of Okabe and Ito's, told apart by all eyes
 VERMILION: Color = (213, 94, 0)
-_INK, _GREY, _GRID, _PAPER = (40, 40, 40), (110, 110, 110), (226, 226, 226), (255, 255, 255)
-_FINE = 2
+INK, GREY, PAPER = (40, 40, 40), (110, 110, 110), (255, 255, 255)
+FINE = 2  # how much larger charts are drawn
+_GRID = (226, 226, 226)
 _TITLE, _WORDS, _TICKS = 38, 32, 28  # px
 _LEGEND_TOP, _LEGEND_ROW, _COLUMNS = 945, 52, 2
 _MARK = 9  # half of a marker
@@ -87,8 +88,8 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line],
     check_chart()
     from PIL import Image, ImageDraw
 
-    picture = Image.new("RGB", tuple(_FINE * side for side in SIZE), _PAPER)
-    pen = _Pen(ImageDraw.Draw(picture))
+    picture = Image.new("RGB", tuple(FINE * side for side in SIZE), PAPER)
+    pen = Pen(ImageDraw.Draw(picture))
     _frame(pen, title, x, y)
     for level in levels:
         pen.pattern(place(x, y, (x.low, level.y)), place(x, y, (x.high, level.y)), level.color,
@@ -96,11 +97,11 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line],
     for line in lines:
         _draw_line(pen, x, y, line)
     left, top, _, bottom = BOX
-    upright = Image.new("RGB", (_FINE * (bottom - top), _FINE * 48), _PAPER)
-    _Pen(ImageDraw.Draw(upright)).text(((bottom - top) / 2, 24), y.label, _WORDS, "mm")
-    picture.paste(upright.rotate(90, expand=True), (_FINE * (left - 138), _FINE * top))
+    upright = Image.new("RGB", (FINE * (bottom - top), FINE * 48), PAPER)
+    Pen(ImageDraw.Draw(upright)).text(((bottom - top) / 2, 24), y.label, _WORDS, "mm")
+    picture.paste(upright.rotate(90, expand=True), (FINE * (left - 138), FINE * top))
     _legend(pen, [*lines, *levels])
-    return picture.reduce(_FINE)
+    return picture.reduce(FINE)
 
 
 def check_chart() -> None:
@@ -113,15 +114,19 @@ def check_chart() -> None:
                           "`pip install -U pillow`") from None
 
 
-class _Pen:
-    """ImageDraw in the chart's own pixels."""
+class Pen:
+    """ImageDraw of a picture FINE times the size, in the pixels of the finished one."""
 
     def __init__(self, draw: Any) -> None:
         self._draw = draw
 
+    def bar(self, box: tuple[float, float, float, float], color: Color) -> None:
+        """A filled rectangle: left, top, right, bottom."""
+        self._draw.rectangle([FINE * side for side in box], color)
+
     def line(self, points: Sequence[tuple[float, float]], color: Color, width: float) -> None:
-        self._draw.line([(_FINE * a, _FINE * b) for a, b in points], color,
-                        round(_FINE * width), joint="curve")
+        self._draw.line([(FINE * a, FINE * b) for a, b in points], color,
+                        round(FINE * width), joint="curve")
 
     def pattern(self, start: tuple[float, float], end: tuple[float, float], color: Color,
                 dotted: bool) -> None:
@@ -130,31 +135,31 @@ class _Pen:
             self.line([(a, start[1]), (b, start[1])], color, 4)
 
     def mark(self, at: tuple[float, float], color: Color, square: bool) -> None:
-        box = [_FINE * (c + side) for side in (-_MARK, _MARK) for c in at]
+        box = [FINE * (c + side) for side in (-_MARK, _MARK) for c in at]
         (self._draw.rectangle if square else self._draw.ellipse)(box, color)
 
     def text(self, at: tuple[float, float], text: str, size: int, anchor: str,
-             color: Color = _INK) -> None:
-        self._draw.text((_FINE * at[0], _FINE * at[1]), text, color, _font(_FINE * size),
+             color: Color = INK) -> None:
+        self._draw.text((FINE * at[0], FINE * at[1]), text, color, _font(FINE * size),
                         anchor=anchor)
 
 
-def _frame(pen: _Pen, title: str, x: Axis, y: Axis) -> None:
+def _frame(pen: Pen, title: str, x: Axis, y: Axis) -> None:
     left, top, right, bottom = BOX
     pen.text(((left + right) / 2, top / 2), title, _TITLE, "mm")
     for tick in y.ticks():
         _, row = place(x, y, (x.low, tick))
         pen.line([(left, row), (right, row)], _GRID, 2)
-        pen.text((left - 16, row), f"{tick:g}", _TICKS, "rm", _GREY)
+        pen.text((left - 16, row), f"{tick:g}", _TICKS, "rm", GREY)
     for tick in x.ticks():
         column, _ = place(x, y, (tick, y.low))
-        pen.line([(column, bottom), (column, bottom + 12)], _GREY, 2)
-        pen.text((column, bottom + 36), f"{tick:g}", _TICKS, "mm", _GREY)
-    pen.line([(left, top), (left, bottom), (right, bottom)], _GREY, 2)
+        pen.line([(column, bottom), (column, bottom + 12)], GREY, 2)
+        pen.text((column, bottom + 36), f"{tick:g}", _TICKS, "mm", GREY)
+    pen.line([(left, top), (left, bottom), (right, bottom)], GREY, 2)
     pen.text(((left + right) / 2, bottom + 82), x.label, _WORDS, "mm")
 
 
-def _draw_line(pen: _Pen, x: Axis, y: Axis, line: Line) -> None:
+def _draw_line(pen: Pen, x: Axis, y: Axis, line: Line) -> None:
     points = [place(x, y, point) for point in line.points]
     for (column, _), (_, value), error in zip(points, line.points, line.error, strict=False):
         ends = [min(max(value + sign * error, y.low), y.high) for sign in (-1, 1)]
@@ -168,7 +173,7 @@ def _draw_line(pen: _Pen, x: Axis, y: Axis, line: Line) -> None:
         pen.mark(point, line.color, line.square)
 
 
-def _legend(pen: _Pen, entries: Sequence[Line | Level]) -> None:
+def _legend(pen: Pen, entries: Sequence[Line | Level]) -> None:
     left, _, right, _ = BOX
     wide = (right - left) / _COLUMNS
     for number, entry in enumerate(entries):
