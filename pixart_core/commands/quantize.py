@@ -17,7 +17,7 @@ from .common import DTYPES, flag, one_of, parse_fields, plain_errors
 from .quantize_deepcompressor import quantize_deepcompressor
 from .quantize_network import quantize_network
 from .quantize_options import CalibrationOptions, Request, check_target
-from .quantize_text import quantize_text_encoder
+from .quantize_t5 import quantize_text_encoder
 
 DEEPCOMPRESSOR = "deepcompressor"
 HALF_DTYPES = ("bfloat16", "float16")
