@@ -34,6 +34,7 @@ class Int8(KitchenFormat):
     name = "int8_tensorwise"
     functions = ("int8_linear", "quantize_int8_rowwise")
     parts: ClassVar = {"weight_scale": FLOATS}
+    row_sides: ClassVar = {"weight": 0, "weight_scale": 0}
 
     @classmethod
     def opened(cls, layer: str, tensors: dict[str, Tensor],
@@ -68,6 +69,7 @@ class _Float8(KitchenFormat):
 
     functions = ("quantize_per_tensor_fp8", "dequantize_per_tensor_fp8")
     parts: ClassVar = {"weight_scale": FLOATS}
+    row_sides: ClassVar = {"weight": 0}
     capability = (8, 9)
     dtype: torch.dtype
     layout: str
@@ -82,11 +84,16 @@ class _Float8(KitchenFormat):
         return StoredWeight(cls(tensors["weight"].shape, options), tensors)
 
     @classmethod
-    def quantize(cls, weight: Tensor, options: Mapping[str, Any] | None = None) -> StoredWeight:
-        """A weight (out, in) with its largest magnitude at float8's largest number."""
+    def quantize(cls, weight: Tensor, options: Mapping[str, Any] | None = None, *,
+                 largest: Tensor | None = None) -> StoredWeight:
+        """A weight (out, in) with its largest magnitude at float8's largest number.
+
+        `largest` is that magnitude (a scalar) where the weight is some rows of a larger one.
+        """
         form = cls(weight.shape, dict(options or {}))
         weight = weight.float()
-        scale = (weight.abs().amax() / torch.finfo(cls.dtype).max).clamp(min=1e-12)
+        largest = weight.abs().amax() if largest is None else largest
+        scale = (largest / torch.finfo(cls.dtype).max).clamp(min=1e-12)
         codes = form.kitchen().quantize_per_tensor_fp8(weight, scale, cls.dtype)
         return StoredWeight(form, {"weight": codes, "weight_scale": scale})
 

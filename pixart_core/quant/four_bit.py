@@ -26,6 +26,7 @@ class Int4(KitchenFormat):
     name = "awq_w4a16"
     functions = ("gemv_awq_w4a16",)
     parts: ClassVar = {"weight_scale": FLOATS, "weight_zero": FLOATS}
+    row_sides: ClassVar = {"weight": 0, "weight_scale": 1, "weight_zero": 1}
     known_options = ("group_size",)
 
     @classmethod

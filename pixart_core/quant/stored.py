@@ -7,8 +7,8 @@ tensors by the names they have in a file ("weight", "weight_scale", ...).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,9 @@ class WeightFormat(ABC):
 
     name: ClassVar[str]
     shape: torch.Size
+    # the side of each tensor that goes along the rows; the others belong to the whole weight.
+    # Only formats that have it can be quantised some rows at a time
+    row_sides: ClassVar[Mapping[str, int]]
 
     @abstractmethod
     def dense(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
@@ -82,6 +85,18 @@ class StoredWeight:
         """The same bytes of "weight" as another 8-bit dtype, which formats look through."""
         return StoredWeight(self.format,
                             {**self.tensors, "weight": self.tensors["weight"].view(dtype)})
+
+    @staticmethod
+    def joined(pieces: Sequence[StoredWeight]) -> StoredWeight:
+        """All pieces' rows as one weight; what belongs to the whole of it is that of the first."""
+        first = pieces[0]
+        if len(pieces) == 1:
+            return first
+        sides = first.format.row_sides
+        shape = torch.Size((sum(piece.shape[0] for piece in pieces), first.shape[1]))
+        tensors = {name: torch.cat([piece.tensors[name] for piece in pieces], sides[name])
+                   if name in sides else tensor for name, tensor in first.tensors.items()}
+        return StoredWeight(replace(first.format, shape=shape), tensors)
 
     def is_finite(self) -> bool:
         return self.format.is_finite(self.tensors)

@@ -7,13 +7,12 @@ quantised, for a token of T5 has a few values that are far larger than all other
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,9 +33,6 @@ SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = (AUTO, *SIXTEEN_BITS, *T5_METHODS)
 
 _PIECE = 1 << 18  # numbers that are rounded at once; larger temporaries stay with the C library
-# along which side of each tensor the rows of a weight are; the others belong to all of it
-_ROWS = {"float8_e4m3fn": {"weight": 0}, "int8_tensorwise": {"weight": 0, "weight_scale": 0},
-         "awq_w4a16": {"weight": 0, "weight_scale": 1, "weight_zero": 1}}
 
 
 @dataclass(frozen=True)
@@ -147,11 +143,11 @@ def quantized(opened: OpenedT5, method: Method) -> Iterator[tuple[str, StoredWei
         quantize = method.format.quantize
         if issubclass(method.format, Float8E4M3):
             largest = max(piece.abs().amax() for piece in _pieces(opened, name))
-            quantize = functools.partial(_float8, method.format, largest)
+            quantize = functools.partial(quantize, largest=largest)
         pieces = [quantize(piece, options) for piece in _pieces(opened, name)]
         if opened.mapped:
             release_pages([opened.weights[name]])
-        yield name, _joined(pieces)
+        yield name, StoredWeight.joined(pieces)
 
 
 def sixteen_bit_dtype(opened: OpenedT5) -> torch.dtype:
@@ -186,15 +182,6 @@ def _kept(opened: OpenedT5, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _float8(form: type[Float8E4M3], largest: Tensor, piece: Tensor,
-            options: Mapping[str, Any]) -> StoredWeight:
-    """Rows of a weight whose largest magnitude is at float8's largest number."""
-    own = form(piece.shape, dict(options))
-    scale = (largest / torch.finfo(form.dtype).max).clamp(min=1e-12)
-    codes = own.kitchen().quantize_per_tensor_fp8(piece, scale, form.dtype)
-    return StoredWeight(own, {"weight": codes, "weight_scale": scale})
-
-
 def _pieces(opened: OpenedT5, name: str) -> Iterator[Tensor]:
     """Some rows of a weight after the other, in float32."""
     tensor, scale = opened.weights[name], opened.scales.get(name)
@@ -205,17 +192,6 @@ def _pieces(opened: OpenedT5, name: str) -> Iterator[Tensor]:
         piece = plain_weight(name, part, own, torch.float32)
         opened.require_finite(name, piece)
         yield piece
-
-
-def _joined(pieces: list[StoredWeight]) -> StoredWeight:
-    first = pieces[0]
-    if len(pieces) == 1:
-        return first
-    shape = torch.Size((sum(piece.shape[0] for piece in pieces), first.shape[1]))
-    sides = _ROWS[first.packing]
-    tensors = {part: torch.cat([piece.tensors[part] for piece in pieces], sides[part])
-               if part in sides else tensor for part, tensor in first.tensors.items()}
-    return StoredWeight(dataclasses.replace(first.format, shape=shape), tensors)
 
 
 def _warn_of_others(opened: OpenedT5, shapes: Mapping[str, torch.Size], names: list[str],
