@@ -13,6 +13,7 @@ from .. import __version__
 from ..model.controlnet import CONTROL_MODES
 from ..png import check_png_path, read_settings, write_png
 from ..settings import GRIDS, SAMPLERS, Settings
+from ..text.cache import LIMIT_GB
 from .common import (
     DTYPES,
     console,
@@ -34,7 +35,6 @@ from .sources import (
     with_embeddings,
 )
 from .text_options import (
-    LIMIT_GB,
     CacheFolder,
     CacheLimit,
     Precision,

@@ -13,8 +13,6 @@ from .common import flag, one_of
 if TYPE_CHECKING:
     from ..text import TextCache
 
-LIMIT_GB = 1.0
-
 Precision = Annotated[str | None, flag(
     "--t5-precision", help="What the matrices of T5 are kept in: auto, bf16, fp16, fp8, int8 or "
                            "int4. 8 bits halve T5, 4 bits halve it again; they need "
