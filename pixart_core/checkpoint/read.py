@@ -26,7 +26,8 @@ from .folder import find_files, neighbour_index, read_index, read_json_object
 from .gguf import read_gguf
 from .header import CheckpointError, check_header, describe_bytes
 
-__all__ = ["Checkpoint", "CheckpointError", "read_checkpoint", "unwrap_state_dict"]
+__all__ = ["Checkpoint", "CheckpointError", "holds_program", "read_checkpoint",
+           "unwrap_state_dict"]
 
 logger = logging.getLogger(__name__)
 
@@ -191,11 +192,18 @@ def _read_pickle(path: Path, head: bytes, foreign: str | None) -> Any:
         ) from error
 
 
+def holds_program(path: Path) -> bool:
+    """Whether a zip archive is TorchScript, which looks like weights; torch.load would load it.
+
+    Raises whatever zipfile does for a damaged archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def _refuse_program(path: Path) -> None:
-    """TorchScript archives look like weights and hold a program, which torch.load would load."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        is_program = holds_program(path)
     except Exception as error:  # zipfile raises more than BadZipFile for damaged directories
         raise CheckpointError(f"{path} is cut short or damaged ({error}); download it "
                               "again") from error

@@ -12,7 +12,6 @@ up down^T shift.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint.convert import diffusers_module
-from ..checkpoint.read import CheckpointError, read_checkpoint
+from ..checkpoint.read import CheckpointError, holds_program, read_checkpoint
 from ..quant.policy import METHODS, layer_kind
 from ..quant.stored import StoredWeight
 from ..quant.svdquant.int4 import GELU_SHIFT, GROUP, pack
@@ -96,9 +95,8 @@ def _open(folder: Path) -> list[dict[str, Any]]:
 def _load(path: Path) -> dict[str, Any]:
     """A dictionary of tensors and plain values; nothing in the file can run."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ValueError("it is a TorchScript program")
+        if holds_program(path):
+            raise ValueError("it is a TorchScript program")
         loaded = torch.load(str(path), map_location="cpu", weights_only=True)
         if not isinstance(loaded, Mapping):
             raise ValueError(f"it holds a {type(loaded).__name__}")
