@@ -9,10 +9,11 @@ unpacked weight in each call.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.hooks
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -44,10 +45,10 @@ class HostPackedWeight(PackedWeight):
         if self.format is None:
             return super().forward(x)
         getattr(comfy.ops, "run_every_op", _nothing)()
-        tensors = {name: _here(getattr(self, name), x.device) for name in self.names}
+        tensors = self._tensors(x.device)
         bias = None if self.bias is None else _here(self.bias, x.device, x.dtype)
         for function in self.bias_function:
-            bias = function(bias)
+            bias = self._changed_bias(function, bias, tensors)
         # the host's own low-memory patches are those of `patch`, which is there in any case
         others = [f for f in self.weight_function
                   if not isinstance(f, comfy.model_patcher.LowVramPatch)]
@@ -71,8 +72,56 @@ class HostPackedWeight(PackedWeight):
         """
         if self.format is None:
             return weight
-        tensors = {name: _here(getattr(self, name), weight.device) for name in self.names}
-        return self.format.dense(tensors, torch.float32)
+        return self.format.dense(self._tensors(weight.device), torch.float32)
+
+    @property
+    def convert_bias(self) -> Callable[..., Tensor]:
+        """As `convert_weight`, where the stored bias also undoes what activations are shifted by.
+
+        The host takes the lack of it for a bias that is what it seems.
+        """
+        if not self._shifts_bias():
+            raise AttributeError("convert_bias")
+        return lambda bias, **_: self.format.dense_bias(self._tensors(bias.device), bias)
+
+    @property
+    def set_bias(self) -> Callable[..., Tensor | None]:
+        """The way back of `convert_bias`: the host hands over what it made of the bias."""
+        if not self._shifts_bias():
+            raise AttributeError("set_bias")
+        return self._set_bias
+
+    def _set_bias(self, bias: Tensor, inplace_update: bool = False, return_weight: bool = False,
+                  **_: Any) -> Tensor | None:
+        stored = self._shifted_bias(bias, self._tensors(bias.device))
+        if return_weight:
+            return stored
+        stored = stored.to(self.bias.dtype)
+        if inplace_update:
+            self.bias.data.copy_(stored)
+        else:
+            self.bias = nn.Parameter(stored, requires_grad=False)
+        return None
+
+    def _changed_bias(self, function: Callable[[Tensor], Tensor], bias: Tensor,
+                      tensors: dict[str, Tensor]) -> Tensor:
+        """The bias after one of the host's functions of it, which are meant for the dense one."""
+        if not isinstance(function, comfy.model_patcher.LowVramPatch) or not self._shifts_bias():
+            return function(bias)
+        # some hosts' own call of it knows of the shift, and others' does not
+        dense = self.format.dense_bias(tensors, bias.float())
+        changed = comfy.lora.calculate_weight(function.patches[function.key], dense, function.key)
+        return self._shifted_bias(changed, tensors).to(bias.dtype)
+
+    def _shifted_bias(self, bias: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        shift = self.format.dense_bias(tensors, torch.zeros_like(bias, dtype=torch.float32))
+        return (bias.float() - shift).to(bias.dtype)
+
+    def _shifts_bias(self) -> bool:
+        return self.bias is not None and getattr(self.format, "act_unsigned", False)
+
+    def _tensors(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: _here(getattr(self, name), device) for name in self.names}
 
 
 class PackedOperations(comfy.ops.manual_cast):
@@ -100,6 +149,13 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
         if packed_layer(self.model, key) is None:
             return super().patch_weight_to_device(key, *args, **kwargs)
         return None
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
+        """What merges take of this model: its dense weights, not what those are stored as."""
+        parts = {key.removesuffix(_PART) + f".{name}"
+                 for key, layer in packed_layers(self.model) for name in layer.names[1:]}
+        return {key: patch for key, patch in super().get_key_patches(filter_prefix).items()
+                if key not in parts}
 
     def set_hook_mode(self, hook_mode: comfy.hooks.EnumHookMode) -> None:
         """The mode that keeps patched weights at hand has none to keep here."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import pixart_core as pc
 from pixart_core.config import METADATA_KEY
 from pixart_core.quant import file_tensors
-from pixart_core.quant.policy import METHODS, transformer_layers
+from pixart_core.quant.policy import METHODS, behind_gelu, transformer_layers
 
 sys.path.append(str(Path(__file__).parents[1] / "core"))
 from quant_layers import quantized
@@ -29,14 +29,16 @@ def files(host):
     """The starter in three formats, and LoRAs in two layouts."""
     weights, config = pc.open_transformer(STARTER.transformer)
     shapes = {name: tensor.shape for name, tensor in weights.items()}
-    for method in ("svdquant", "int8", "int4"):
-        stored = {name: quantized(method, weights[name].float())
-                  for name in transformer_layers(shapes, METHODS[method])}
-        plain = {name: t for name, t in weights.items() if name not in stored}
-        save_file(parted(plain | file_tensors(stored)),
-                  host.models_dir / "diffusion_models" / f"{method}.safetensors",
-                  {METADATA_KEY: config.to_json()})
     generator = torch.Generator().manual_seed(0)
+    other = {name: t.float() + 0.1 * t.float().std() * torch.randn(t.shape, generator=generator)
+             if t.numel() > 1 else t.float() for name, t in weights.items()}
+    folder, header = host.models_dir / "diffusion_models", {METADATA_KEY: config.to_json()}
+    save_file(parted(other), folder / f"other_{MODEL}", header)
+    for prefix, tensors in (("", weights), ("other_", other)):
+        for method in ("svdquant", "int8", "int4"):
+            save_file(parted(in_format(method, tensors, shapes)),
+                      folder / f"{prefix}{method}.safetensors", header)
+    generator.manual_seed(0)
     lora = {}
     for name in LAYERS:
         rows, columns = shapes[f"{name}.weight"]
@@ -52,6 +54,18 @@ def files(host):
         for part in ("to_q", "to_k", "to_v") for side in "AB"}
     save_file(parted(split), host.models_dir / "loras" / "split.safetensors")
     return host.models_dir
+
+
+def in_format(method, weights, shapes):
+    """The tensors of a quantised file; SVDQuant's layers behind the GELU are unsigned ones."""
+    stored, plain = {}, dict(weights)
+    for name in transformer_layers(shapes, METHODS[method]):
+        unsigned = method == "svdquant" and behind_gelu(name)
+        one = stored[name] = quantized(method, plain.pop(name).float(), unsigned=unsigned)
+        bias = f"{name.removesuffix('weight')}bias"
+        shift = one.format.dense_bias(one.tensors, torch.zeros(one.shape[0]))
+        plain[bias] = (plain[bias].float() - shift).to(plain[bias].dtype)
+    return plain | file_tensors(stored)
 
 
 def latents(host, model, name, change=None, **settings):
@@ -141,6 +155,22 @@ def test_a_hook_and_a_merge_reach_a_quantised_model(host, model):
     assert relative(hooked, bare) > 0.02
     assert relative(hooked, dense) < 2 * relative(bare, dense_bare)
     assert relative(latents(host, model, "merged", merge), dense_bare) < 1e-3
+
+
+@pytest.mark.parametrize("second", ["svdquant", "16 bits"])
+def test_a_merge_of_quantised_models_is_that_of_the_dense_ones(host, model, second):
+    """Of weights and biases as they are meant: not of scales and branches one by one, nor of
+    biases that undo a shift. As close as the two models are to the dense ones."""
+    name = MODEL if second == "16 bits" else f"{second}.safetensors"
+
+    def merge(graph, other):
+        other = graph.add("PixArtLoader", model_name=f"other_{other}")
+        graph.model = graph.add("ModelMergeSimple", model1=graph.model, model2=other, ratio=0.5)
+
+    error = sum(relative(latents(host, quantised, "quantised"), latents(host, dense, "dense"))
+                for quantised, dense in ((model, MODEL), (f"other_{name}", f"other_{MODEL}")))
+    merged = latents(host, model, "merged", lambda g: merge(g, name))
+    assert relative(merged, latents(host, MODEL, "both", lambda g: merge(g, MODEL))) < error
 
 
 def test_the_loader_shows_what_runs_the_layers(host, model):
