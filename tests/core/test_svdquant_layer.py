@@ -13,8 +13,8 @@ from pixart_core.quant.svdquant import (
     layer_output,
     output_error,
     solve_layer,
-    widen,
 )
+from pixart_core.quant.svdquant_format import SVDQuant
 
 SETTINGS = SVDQuantSettings(rank=16, rounds=2)
 
@@ -119,24 +119,16 @@ def test_output_error_is_relative_to_the_output():
 
 
 @pytest.mark.parametrize("act_unsigned", [False, True])
-def test_widen_adds_exactly_the_lora(act_unsigned):
+def test_widened_adds_exactly_the_lora(act_unsigned):
     _, x, _, layer = solved(act_unsigned)
+    stored = SVDQuant.from_layer(layer.qweight, layer.weight_scale, layer.smooth_factor,
+                                 layer.proj_down, layer.proj_up, act_unsigned)
+    assert not stored.format.tiled  # 160 outputs: tensors are as the solver has them
     down, up = normal(128, 4, seed=7).bfloat16(), normal(160, 4, seed=8).bfloat16()
-    wide = widen(layer, down, up, strength=0.5)
-    assert wide.rank == 32 and wide.qweight is layer.qweight  # 16 + 4, then a multiple of 16
+    tensors = stored.format.widened(stored.tensors, down, 0.5 * up)
+    wide = dataclasses.replace(layer, proj_down=tensors["proj_down"], proj_up=tensors["proj_up"])
+    assert wide.rank == 32  # 16 + 4, then a multiple of 16
+    assert tensors["weight"] is stored.tensors["weight"]
     expected = layer_output(layer, x) + 0.5 * (x @ down.float()) @ up.float().T
     assert torch.allclose(layer_output(wide, x), expected, rtol=1e-5, atol=1e-3)
     assert not wide.proj_down[:, 20:].any() and not wide.proj_up[:, 20:].any()
-
-
-def test_widen_with_strength_zero_changes_nothing():
-    _, _, _, layer = solved()
-    assert widen(layer, normal(128, 4), normal(160, 4), strength=0) is layer
-
-
-def test_widen_refuses_a_lora_of_another_layer():
-    _, _, _, layer = solved()
-    with pytest.raises(ValueError, match=r"down \(64, 4\) and up \(160, 4\).* 128 inputs"):
-        widen(layer, normal(64, 4), normal(160, 4))
-    with pytest.raises(ValueError, match=r"up \(160, 8\)"):
-        widen(layer, normal(128, 4), normal(160, 8))

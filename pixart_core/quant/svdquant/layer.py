@@ -1,4 +1,4 @@
-"""One quantised linear layer: what is stored, what it computes, and adding a LoRA to it."""
+"""One quantised linear layer: what is stored, and what it computes."""
 
 from __future__ import annotations
 
@@ -75,30 +75,3 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     if distance == 0:
         return 0.0
     return distance / size if size and math.isfinite(distance) else math.inf
-
-
-@torch.no_grad()
-def widen(layer: SVDQuantLayer, down: Tensor, up: Tensor, strength: float = 1.0) -> SVDQuantLayer:
-    """The layer plus `strength` x down up^T, as further ranks: nothing is quantised again.
-
-    down (K, r') and up (N, r') are those of a LoRA: y + strength (x down) up^T. The rank is then
-    filled up with zeros to a multiple of 16. Strength 0 gives the layer itself.
-    Raises ValueError where the shapes do not fit the layer.
-    """
-    rank = down.shape[-1]
-    expected = (layer.in_features, rank), (layer.out_features, rank)
-    if (tuple(down.shape), tuple(up.shape)) != expected:
-        raise ValueError(f"a LoRA of down {tuple(down.shape)} and up {tuple(up.shape)} given for "
-                         f"a layer of {layer.in_features} inputs and {layer.out_features} "
-                         "outputs; expected down (inputs, rank) and up (outputs, rank)")
-    if strength == 0:
-        return layer
-    padding = -(layer.rank + rank) % RANK_MULTIPLE
-    return dataclasses.replace(
-        layer, proj_down=_append(layer.proj_down, down.float(), padding),
-        proj_up=_append(layer.proj_up, up.float() * strength, padding))
-
-
-def _append(columns: Tensor, more: Tensor, padding: int) -> Tensor:
-    """Columns of two matrices side by side, then `padding` columns of zeros."""
-    return F.pad(torch.cat([columns, more.to(columns)], dim=1), (0, padding))
