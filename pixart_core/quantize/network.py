@@ -20,6 +20,7 @@ from ..load_control import CONTROLNET_KINDS, read_controlnet
 from ..quant.formats import file_tensors
 from ..quant.policy import Method, quantize_weights, transformer_layers, unfit_layers
 from ..quant.stored import StoredWeight
+from ..quant.svdquant.layer import relative_error
 
 QUANTIZATION_KEY = "pixart_quantization"
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -130,7 +131,7 @@ def weight_errors(network: Network, stored: Mapping[str, StoredWeight],
     errors = {}
     for name in names or stored:
         weight = network.state_dict[name].float()
-        errors[name] = ((stored[name].dense() - weight).norm() / weight.norm()).item()
+        errors[name] = relative_error(stored[name].dense(), weight)
     return errors
 
 

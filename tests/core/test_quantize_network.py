@@ -142,6 +142,20 @@ def test_the_report_has_every_layer(run, model):
     assert next(iter(means)) == "attn.qkv" and 0 < means["all"]["weight"] < 0.02
 
 
+def test_a_layer_of_zeros_has_no_error(run, model, tmp_path):
+    """As models begin to train: the attention to the caption starts at zero."""
+    weights, config = pc.open_transformer(model)
+    weights["blocks.0.cross_attn.proj.weight"] = torch.zeros_like(
+        weights["blocks.0.cross_attn.proj.weight"])
+    pc.write_checkpoint(tmp_path / "new.safetensors", weights, {METADATA_KEY: config.to_json()})
+    assert run("quantize", "new.safetensors", "q.safetensors", "--method", "int8", "--report",
+               "r.json").exit_code == 0
+    with open("r.json", encoding="utf-8") as file:
+        report = json.load(file)
+    assert report["layers"]["blocks.0.cross_attn.proj.weight"] == {"weight": 0.0}
+    assert 0 < report["mean"]["all"]["weight"] < 0.02
+
+
 def test_the_file_appears_only_when_it_is_whole(run, model, tmp_path, monkeypatch):
     """A stop while it is written leaves nothing behind."""
     import safetensors.torch
