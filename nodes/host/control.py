@@ -31,6 +31,7 @@ from ...pixart_core.model.controlnet import (
     check_fit,
     trained_for_another,
 )
+from ...pixart_core.quant.kitchen_format import require_kernels
 from .conds import Area
 from .files import fingerprint
 from .model import residual_count, weight_dtypes
@@ -227,10 +228,11 @@ def load_control(path: str, dtype: torch.dtype | None = None) -> PixArtControl:
     """A CONTROL_NET from any PixArt ControlNet file or folder.
 
     `dtype` None lets the host choose for its device and the file. Raises CheckpointError that
-    says what the file holds instead.
+    says what the file holds instead, and ImportError where what runs a quantised one is missing.
     """
     management = comfy.model_management
     opened = read_controlnet(path, {})
+    require_kernels(opened.packed)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     if dtype is None:
         dtype = management.unet_dtype(
@@ -265,10 +267,11 @@ def _map_weights(network: PixArtControlNet, opened: OpenedControlNet) -> None:
 
 
 def check_control(path: str) -> None:
-    """Raise CheckpointError when `path` is no usable PixArt ControlNet; reads headers only."""
+    """Raise CheckpointError when `path` is no usable PixArt ControlNet, ImportError when nothing
+    here runs it; reads headers only."""
     _check_once(path, fingerprint(path))
 
 
 @functools.lru_cache(maxsize=32)
 def _check_once(path: str, _fingerprint: str) -> None:
-    read_controlnet(path, {})
+    require_kernels(read_controlnet(path, {}).packed)

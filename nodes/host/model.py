@@ -26,6 +26,7 @@ from ...pixart_core.load import (
     read_transformer,
     require_finite,
 )
+from ...pixart_core.quant.kitchen_format import require_kernels
 from . import memory
 from .conds import AreaCond, CaptionCond, CaptionMaskCond, caption_mask
 from .files import fingerprint
@@ -167,10 +168,12 @@ def load_model(path: str, dtype: torch.dtype | None = None, fields: dict[str, An
     """A MODEL from any PixArt transformer file or folder.
 
     `dtype` None lets the host choose for its device and the file; `fields` override what is
-    detected. Raises CheckpointError or ValueError that says what the file holds instead.
+    detected. Raises CheckpointError or ValueError that says what the file holds instead, and
+    ImportError where what runs a quantised file is missing.
     """
     with memory.explained(lambda: memory.of_loading(path)):
         opened = read_transformer(path, fields or {})
+        require_kernels(opened.packed)
         return model_from(opened, dtype, disable_dynamic, (load_model, (path, dtype, fields)))
 
 
@@ -283,10 +286,11 @@ def null_caption(model: comfy.model_patcher.ModelPatcher) -> Tensor:
 
 
 def check_transformer(path: str) -> None:
-    """Raise CheckpointError when `path` is no usable PixArt transformer; reads headers only."""
+    """Raise CheckpointError when `path` is no usable PixArt transformer, ImportError when nothing
+    here runs it; reads headers only."""
     _check_once(path, fingerprint(path))
 
 
 @functools.lru_cache(maxsize=32)
 def _check_once(path: str, _fingerprint: str) -> None:
-    read_transformer(path, {})
+    require_kernels(read_transformer(path, {}).packed)

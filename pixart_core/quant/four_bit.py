@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .eight_bit import layout_product, require_blocks, require_scales
@@ -14,6 +16,7 @@ from .stored import StoredWeight, Tensors
 
 GROUP = 64
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
+PIECE = 1 << 22  # numbers of a weight that are unpacked at once where no kernel takes them
 
 
 class Int4(KitchenFormat):
@@ -91,9 +94,25 @@ class Int4(KitchenFormat):
         return torch.addcmul(zero, codes.float() - 8, scale).reshape(rows, columns).to(dtype)
 
     def product(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
+        if x.dtype == torch.float32:  # kernels take 16 bits, and comfy-kitchen unpacks all at once
+            return self._in_pieces(x, tensors, bias)
         return self.kitchen().gemv_awq_w4a16(
             x, tensors["weight"], tensors["weight_scale"].to(x.dtype),
             tensors["weight_zero"].to(x.dtype), bias=bias, group_size=self.group)
+
+    def _in_pieces(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
+        """x through some rows of the unpacked weight after the other."""
+        rows, columns = self.shape
+        out = x.new_empty(*x.shape[:-1], rows)
+        step = max(PIECE // columns, 1)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            part = {name: t.narrow(self.row_sides[name], start, count)
+                    for name, t in tensors.items()}
+            weight = replace(self, shape=torch.Size((count, columns))).dense(part, x.dtype)
+            out[..., start: start + count] = F.linear(
+                x, weight, None if bias is None else bias[start: start + count])
+        return out
 
 
 class NVFP4(KitchenFormat):

@@ -107,6 +107,14 @@ class KitchenFormat(WeightFormat):
         raise NotImplementedError
 
 
+def require_kernels(weights: Mapping[str, StoredWeight]) -> None:
+    """ImportError where comfy-kitchen, which runs these weights, is missing or too old."""
+    forms = {weight.packing: weight.format for weight in weights.values()
+             if isinstance(weight.format, KitchenFormat) and not weight.format.full_precision}
+    for form in forms.values():
+        form.kitchen()
+
+
 def require_shape(layer: str, name: str, tensor: Tensor, shapes: Sequence[tuple[int, ...]],
                   what: str) -> None:
     """ValueError unless `tensor` has one of `shapes`."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kitchen_format import FLOATS, KitchenFormat, require_shape
+from .kitchen_format import FLOATS, FULL_PRECISION, KitchenFormat, require_shape
 from .stored import StoredWeight, Tensors
 from .svdquant.int4 import GELU_SHIFT, GROUP, scale_codes, unpack
 from .svdquant.layer import RANK_MULTIPLE
@@ -21,6 +21,7 @@ from .svdquant.layer import RANK_MULTIPLE
 TILED, NATURAL = "kitchen_tile_packed_w4a4", "natural"
 _TILE = 128
 _FOLDED, _BASIS = "proj_down_smooth_folded", "lowrank_branch_input_basis"
+_RAW, _SMOOTHED = "raw", "post_smoothing"
 
 
 class SVDQuant(KitchenFormat):
@@ -67,21 +68,21 @@ class SVDQuant(KitchenFormat):
         }
         for name, shape in shapes.items():
             require_shape(layer, name, tensors[name], [shape], what)
-        if not options.get(_FOLDED, False) or options.get(_BASIS) != "raw":
-            # the branch was made for smoothed activations
+        if _sees_smoothed(layer, options):
             smooth = tensors["smooth_factor"].float()[:, None]
             down = tensors["proj_down"]
             tensors["proj_down"] = (down.float() / smooth).to(down.dtype)
         return StoredWeight(cls(torch.Size((rows, columns)), {
-            "layout": layout, _FOLDED: True, _BASIS: "raw",
-            **({"act_unsigned": True} if options.get("act_unsigned") else {})}), tensors)
+            "layout": layout, _FOLDED: True, _BASIS: _RAW,
+            **{key: True for key in ("act_unsigned", FULL_PRECISION) if options.get(key)}}),
+            tensors)
 
     @classmethod
     def from_layer(cls, weight: Tensor, weight_scale: Tensor, smooth_factor: Tensor,
                    proj_down: Tensor, proj_up: Tensor, act_unsigned: bool) -> StoredWeight:
         """The parts of a solved layer in the natural layout (out, in / 2), tiled where they fit."""
         rows, columns = weight.shape[0], 2 * weight.shape[1]
-        options: dict[str, Any] = {"layout": NATURAL, _FOLDED: True, _BASIS: "raw"}
+        options: dict[str, Any] = {"layout": NATURAL, _FOLDED: True, _BASIS: _RAW}
         if rows % _TILE == 0:
             options["layout"] = TILED
             weight = weight.reshape(rows // _TILE, 32, 4, columns // GROUP, GROUP // 2)
@@ -156,6 +157,17 @@ class SVDQuant(KitchenFormat):
             lora_act_in=branch, lora_up=floats["proj_up"], bias=bias,
             act_unsigned=self.act_unsigned)
         return out[: len(flat)].reshape(*x.shape[:-1], self.shape[0])
+
+
+def _sees_smoothed(layer: str, options: dict[str, Any]) -> bool:
+    """Whether proj_down multiplies x / smooth_factor; x itself, which kernels give it, unless the
+    file says otherwise. ValueError where it contradicts itself."""
+    folded = options.get(_FOLDED, options.get(_BASIS, _RAW) == _RAW)
+    basis = options.get(_BASIS, _RAW if folded else _SMOOTHED)
+    if (basis, folded) not in ((_RAW, True), (_SMOOTHED, False)):
+        raise ValueError(f"{layer} says {_BASIS} {basis!r} and {_FOLDED} {folded!r}; {_RAW!r} with "
+                         f"true and {_SMOOTHED!r} with false are known")
+    return basis == _SMOOTHED
 
 
 def _tiled_up(up: Tensor) -> Tensor:

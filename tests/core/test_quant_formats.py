@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from quant_layers import FORMATS, quantized, weight_and_bias
 
-from pixart_core.quant import StoredWeight, file_tensors, split_stored
+from pixart_core.quant import StoredWeight, file_tensors, four_bit, split_stored
 from pixart_core.quant import kitchen as kitchen_module
-from pixart_core.quant.kitchen_format import FULL_PRECISION
+from pixart_core.quant.kitchen_format import FULL_PRECISION, require_kernels
 from pixart_core.quant.linear import PackedLinear
+from pixart_core.quant.policy import METHODS
 from pixart_core.quant.svdquant_format import GELU_SHIFT, NATURAL, TILED, SVDQuant
 
 BOUNDS = {"int8": 0.01, "fp8": 0.03, "mxfp8": 0.03, "nvfp4": 0.12, "int4": 0.1, "svdquant": 0.12}
@@ -101,21 +102,42 @@ def test_tiled_and_natural_layouts_are_the_same_layer():
     assert torch.equal(stored.format.residual(stored.tensors), expected)
 
 
-def test_a_branch_made_for_smoothed_activations_is_folded():
-    """The other convention of the format: proj_down multiplies x / smooth_factor."""
+FOLDED, BASIS = "proj_down_smooth_folded", "lowrank_branch_input_basis"
+
+
+@pytest.mark.parametrize(("options", "smoothed"), [
+    ({FOLDED: False, BASIS: "post_smoothing"}, True), ({FOLDED: False}, True),
+    ({BASIS: "post_smoothing"}, True), ({}, False), ({FOLDED: True}, False),
+    ({BASIS: "raw"}, False)])
+def test_a_branch_made_for_smoothed_activations_is_folded(options, smoothed):
+    """A file says so: one that says nothing was made for kernels, which multiply x itself."""
     stored = quantized("svdquant", weight_and_bias()[0])
     tensors = file_tensors({"layer.weight": stored})
-    smooth = stored.tensors["smooth_factor"]
-    tensors["layer.proj_down"] = tensors["layer.proj_down"] * smooth[:, None]
-    tensors["layer.comfy_quant"] = said(format="svdquant_w4a4", layout=TILED)
+    if smoothed:
+        smooth = stored.tensors["smooth_factor"]
+        tensors["layer.proj_down"] = tensors["layer.proj_down"] * smooth[:, None]
+    tensors["layer.comfy_quant"] = said(format="svdquant_w4a4", layout=TILED, **options)
     again = split_stored(tensors)[1]["layer.weight"]
     torch.testing.assert_close(again.dense(), stored.dense(), rtol=1e-4, atol=1e-5)
 
 
-def test_full_precision_products_leave_activations_alone():
+@pytest.mark.parametrize("options", [{FOLDED: True, BASIS: "post_smoothing"},
+                                     {FOLDED: False, BASIS: "raw"}, {BASIS: "rotated"}])
+def test_a_branch_for_other_activations_is_refused(options):
+    tensors = file_tensors({"layer.weight": quantized("svdquant", weight_and_bias()[0])})
+    tensors["layer.comfy_quant"] = said(format="svdquant_w4a4", layout=TILED, **options)
+    with pytest.raises(ValueError, match=BASIS):
+        split_stored(tensors)
+
+
+@pytest.mark.parametrize("method", ["int8", "svdquant"])
+def test_full_precision_products_leave_activations_alone(method):
+    """As a file asks for it."""
     weight, bias = weight_and_bias()
-    stored = quantized("int8", weight)
-    exact = StoredWeight(type(stored.format)(stored.shape, {FULL_PRECISION: True}), stored.tensors)
+    stored = quantized(method, weight)
+    tensors = file_tensors({"layer.weight": stored})
+    tensors["layer.comfy_quant"] = said(**stored.format.comfy_quant(), **{FULL_PRECISION: True})
+    exact = split_stored(tensors)[1]["layer.weight"]
     x = torch.randn(5, 128)
     out = exact.format.linear(x, exact.tensors, bias)
     assert torch.equal(out, F.linear(x, stored.dense(), bias))
@@ -177,6 +199,33 @@ def test_a_missing_or_old_kitchen_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "comfy_kitchen", None)
     with pytest.raises(ImportError, match="not installed"):
         kitchen_module.require_kitchen("int8_tensorwise")
+
+
+def test_what_runs_a_file_is_looked_for_before_it_is_loaded(monkeypatch):
+    """Not where the file asks for full precision, which needs no kernel."""
+    comfy_kitchen = pytest.importorskip("comfy_kitchen")
+    weight = weight_and_bias()[0]
+    stored = {"layer.weight": quantized("int8", weight)}
+    calm = {"layer.weight": METHODS["int8"].format.quantize(weight, {FULL_PRECISION: True})}
+    require_kernels(stored)
+    monkeypatch.delattr(comfy_kitchen, "int8_linear")
+    with pytest.raises(ImportError, match="pip install -U comfy-kitchen"):
+        require_kernels({**calm, "other.weight": stored["layer.weight"]})
+    require_kernels(calm)
+
+
+def test_int4_is_unpacked_a_piece_at_a_time_where_no_kernel_takes_it(monkeypatch):
+    """ComfyUI computes T5 in float32: a whole matrix of T5 XXL would be half a gigabyte more."""
+    monkeypatch.setattr(four_bit, "PIECE", 100 * 128)
+    sizes, dense = [], four_bit.Int4.dense
+    monkeypatch.setattr(four_bit.Int4, "dense", lambda self, tensors, dtype: sizes.append(
+        self.shape[0]) or dense(self, tensors, dtype))
+    weight, bias = weight_and_bias()
+    stored = quantized("int4", weight)
+    x = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(2))
+    out = stored.format.linear(x, stored.tensors, bias)
+    assert sizes == [100, 100, 56]
+    torch.testing.assert_close(out, F.linear(x, stored.dense(), bias))
 
 
 def test_the_back_end_is_known_with_its_reason(name):
