@@ -104,8 +104,8 @@ class _Float8(KitchenFormat):
     def is_finite(self, tensors: Tensors) -> bool:
         return super().is_finite({**tensors, "weight": tensors["weight"].view(self.dtype)})
 
-    def runs_on(self, device: torch.device) -> bool:
-        return card_has(self.name, device, self.capability)
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return card_has(self.name, device, dtype, self.capability)
 
     def product(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
         scale = tensors["weight_scale"].float()
@@ -124,7 +124,7 @@ class Float8E5M2(_Float8):
 
     name, dtype, layout = "float8_e5m2", torch.float8_e5m2, "TensorCoreFP8Layout"
 
-    def runs_on(self, device: torch.device) -> bool:
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         return False  # there is no product of two e5m2 matrices
 
 
@@ -166,8 +166,8 @@ class MXFP8(KitchenFormat):
     def _codes(self, tensors: Tensors) -> Tensor:
         return tensors["weight"].view(torch.float8_e4m3fn)
 
-    def runs_on(self, device: torch.device) -> bool:
-        return card_has(self.name, device, self.capability)
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return card_has(self.name, device, dtype, self.capability)
 
     def product(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
         return layout_product(self, "TensorCoreMXFP8Layout", x, self._codes(tensors), bias,

@@ -153,8 +153,8 @@ class NVFP4(KitchenFormat):
             tensors["weight"].view(torch.uint8), tensors["weight_scale_2"].float(),
             tensors["weight_scale"], dtype)
 
-    def runs_on(self, device: torch.device) -> bool:
-        return card_has(self.name, device, self.capability)
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return card_has(self.name, device, dtype, self.capability)
 
     def product(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
         return layout_product(self, "TensorCoreNVFP4Layout", x, tensors["weight"].view(torch.uint8),

@@ -15,7 +15,8 @@ from .kitchen import Backend, backend_for, require_kitchen, say_once
 from .stored import StoredWeight, Tensors, WeightFormat
 
 FULL_PRECISION = "full_precision_matrix_mult"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALVES)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class KitchenFormat(WeightFormat):
     # tensors beside "weight", without the bias: name -> the dtypes it may have
     parts: ClassVar[Mapping[str, tuple[torch.dtype, ...]]]
     known_options: ClassVar[tuple[str, ...]] = ()
-    capability: ClassVar[tuple[int, int]] = (0, 0)  # of cards that `runs_on` asks for
+    capability: ClassVar[tuple[int, int]] = (0, 0)  # of NVIDIA cards that `runs_on` asks for
 
     @classmethod
     def read(cls, layer: str, tensors: Tensors, options: Mapping[str, Any]) -> StoredWeight:
@@ -85,21 +86,22 @@ class KitchenFormat(WeightFormat):
             backend = self.backend(device)
         except ImportError as error:
             return str(error)
-        if self.full_precision or self.runs_on(torch.device(device)):
+        if self.full_precision or self.runs_on(torch.device(device), torch.bfloat16):
             return str(backend)
         needed = ".".join(map(str, self.capability))
-        return (f"unpacked for each product by {backend.name} (its kernels need a card of compute "
-                f"capability {needed} or higher)")
+        return (f"unpacked for each product by {backend.name} (its kernels need an NVIDIA card of "
+                f"compute capability {needed} or higher)")
 
     def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
         # kernels have no gradient: what trains through a quantised layer sees the dense weight
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        if self.full_precision or needs_gradient or not self.runs_on(x.device):
+        if self.full_precision or needs_gradient or not self.runs_on(x.device, x.dtype):
             return F.linear(x, self.dense(tensors, x.dtype), self.dense_bias(tensors, bias))
         return self.product(x, tensors, bias)
 
-    def runs_on(self, device: torch.device) -> bool:
-        """Whether `product` is the better choice on a device; logs once where it is not."""
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `product` is the better choice for activations of `dtype` on a device; logs
+        once where it is not."""
         return True
 
     def product(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
@@ -130,10 +132,18 @@ def require_weight(layer: str, weight: Tensor, dtype: torch.dtype, name: str) ->
                          f"{name} stores a matrix of {dtype}")
 
 
-def card_has(format_name: str, device: torch.device, capability: tuple[int, int]) -> bool:
-    """Whether `device` is a card of at least `capability`; says once what happens where not."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= capability:
+def card_has(format_name: str, device: torch.device, dtype: torch.dtype,
+             capability: tuple[int, int]) -> bool:
+    """Whether `device` is an NVIDIA card of at least `capability` and `dtype` has 16 bits; says
+    once what happens where not."""
+    if dtype not in HALVES:  # the product of the card has no float32 output
+        say_once(f"{format_name} weights are unpacked for each product in {dtype}: their kernels "
+                 "take 16 bits")
+        return False
+    # AMD's cards are "cuda" to PyTorch too, and have numbers of their own: gfx1100 is (11, 0)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if nvidia and torch.cuda.get_device_capability(device) >= capability:
         return True
-    say_once(f"{format_name} weights are unpacked for each product: their kernels need a card of "
-             f"compute capability {capability[0]}.{capability[1]} or higher")
+    say_once(f"{format_name} weights are unpacked for each product: their kernels need an NVIDIA "
+             f"card of compute capability {capability[0]}.{capability[1]} or higher")
     return False

@@ -246,3 +246,15 @@ def test_widening_adds_exactly_the_change_and_fills_the_rank_up():
         torch.testing.assert_close(after - before, x @ down @ up.t(), rtol=1e-3, atol=1e-4)
         dense = SVDQuant(stored.shape, stored.format.options).dense(wide, torch.float32)
         torch.testing.assert_close(dense - stored.dense(), up @ down.t(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize(("hip", "dtype", "runs"), [
+    (None, torch.bfloat16, True), (None, torch.float32, False), ("6.4", torch.bfloat16, False)])
+def test_low_precision_products_are_for_nvidia_cards_and_16_bits(monkeypatch, name, hip, dtype,
+                                                                 runs):
+    """A gfx1100 says 11.0 and is no Blackwell; no kernel gives float32."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (11, 0))
+    form = quantized(name, weight_and_bias()[0]).format
+    assert form.runs_on(torch.device("cuda"), dtype) is runs
