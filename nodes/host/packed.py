@@ -93,7 +93,7 @@ class HostPackedWeight(PackedWeight):
 
     def _set_bias(self, bias: Tensor, inplace_update: bool = False, return_weight: bool = False,
                   **_: Any) -> Tensor | None:
-        stored = self._shifted_bias(bias, self._tensors(bias.device))
+        stored = self.format.stored_bias(self._tensors(bias.device), bias)
         if return_weight:
             return stored
         stored = stored.to(self.bias.dtype)
@@ -111,11 +111,7 @@ class HostPackedWeight(PackedWeight):
         # some hosts' own call of it knows of the shift, and others' does not
         dense = self.format.dense_bias(tensors, bias.float())
         changed = comfy.lora.calculate_weight(function.patches[function.key], dense, function.key)
-        return self._shifted_bias(changed, tensors).to(bias.dtype)
-
-    def _shifted_bias(self, bias: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        shift = self.format.dense_bias(tensors, torch.zeros_like(bias, dtype=torch.float32))
-        return (bias.float() - shift).to(bias.dtype)
+        return self.format.stored_bias(tensors, changed).to(bias.dtype)
 
     def _shifts_bias(self) -> bool:
         return self.bias is not None and getattr(self.format, "act_unsigned", False)

@@ -47,6 +47,7 @@ def apply_loras(target: nn.Module | Mapping[str, Tensor],
         shapes = {name: tensor.shape for name, tensor in weights.items()}
     opened = [(lora if isinstance(lora, LoRA) else read_lora(lora), strength)
               for lora, strength in loras]
+    biases = {f"{name.removesuffix('weight')}bias": layer for name, layer in packed.items()}
     todo: dict[str, list[tuple[LoRALayer, float]]] = {}
     for lora, strength in opened:
         for note in (*lora.notes, *check_fit(lora, shapes)):
@@ -59,13 +60,20 @@ def apply_loras(target: nn.Module | Mapping[str, Tensor],
         if name in packed and (branch := _branch(packed[name], layers)) is not None:
             packed[name].add_branch(branch)
             continue
-        dense = packed[name].effective() if name in packed else weight.detach().float()
+        if name in packed:
+            dense = packed[name].effective()
+        elif name in biases:
+            dense = biases[name].effective_bias()
+        else:
+            dense = weight.detach().float()
         merged = dense.clone()
         for layer, strength in layers:
             rows = merged.chunk(layer.parts)[layer.part]
             rows += strength * (changed(rows, layer) - rows)
         if name in packed:
             packed[name].unpack(merged)
+        elif name in biases:
+            biases[name].change_bias(merged)
         elif isinstance(target, nn.Module):
             weight.data = merged.to(weight.dtype)
         else:

@@ -67,6 +67,17 @@ class PackedWeight:
             return weight
         return weight + self.branch.up.to(weight) @ self.branch.down.to(weight).t()
 
+    def effective_bias(self) -> Tensor:
+        """The bias (out,) in float32 that belongs to `effective`, whatever is stored for it."""
+        bias = self.bias.detach().float()
+        return bias if self.format is None else self.format.dense_bias(self.stored().tensors, bias)
+
+    def change_bias(self, bias: Tensor) -> None:
+        """Store what makes `bias` the one of `effective`."""
+        if self.format is not None:
+            bias = self.format.stored_bias(self.stored().tensors, bias)
+        self.bias.data = bias.to(self.bias.dtype)
+
     def stored(self) -> StoredWeight:
         """The weight as it is stored, without a branch."""
         return StoredWeight(self.format, {name: getattr(self, name).detach()

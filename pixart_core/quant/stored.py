@@ -35,6 +35,10 @@ class WeightFormat(ABC):
         """The bias that belongs to the dense weight, where it differs from the stored one."""
         return bias
 
+    def stored_bias(self, tensors: Tensors, bias: Tensor) -> Tensor:
+        """The way back of `dense_bias`: what is stored for the `bias` of the dense weight."""
+        return bias
+
     def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
         """x (..., in) through the layer: (..., out), in the dtype of x."""
         return F.linear(x, self.dense(tensors, x.dtype), self.dense_bias(tensors, bias))

@@ -126,8 +126,17 @@ class SVDQuant(KitchenFormat):
     def dense_bias(self, tensors: Tensors, bias: Tensor | None) -> Tensor | None:
         if bias is None or not self.act_unsigned:
             return bias
+        return (bias.float() + self._shift(tensors)).to(bias.dtype)
+
+    def stored_bias(self, tensors: Tensors, bias: Tensor) -> Tensor:
+        if not self.act_unsigned:
+            return bias
+        return (bias.float() - self._shift(tensors)).to(bias.dtype)
+
+    def _shift(self, tensors: Tensors) -> Tensor:
+        """What shifted activations add to every output, (out,)."""
         smoothed = self.residual(tensors) / tensors["smooth_factor"].float()
-        return (bias.float() + GELU_SHIFT * smoothed.sum(1)).to(bias.dtype)
+        return GELU_SHIFT * smoothed.sum(1)
 
     def widened(self, tensors: Tensors, down: Tensor, up: Tensor) -> dict[str, Tensor]:
         """The tensors with down (in, r) and up (out, r) beside the low-rank branch.

@@ -125,6 +125,25 @@ def test_other_kinds_of_change_make_an_ordinary_layer(file, weights):
 
 
 @pytest.mark.parametrize("file", ["svdquant"], indirect=True)
+@pytest.mark.parametrize("order", [("weight",), ("bias",), ("bias", "weight"), ("weight", "bias")])
+def test_a_bias_that_takes_back_a_shift_changes_as_the_dense_one(file, weights, order):
+    """Behind the GELU the stored bias is another one than that which a LoRA replaces."""
+    _, state_dict = weights
+    path = "blocks.0.mlp.fc2"
+    model = pc.load_transformer(file, dtype=torch.float32)
+    layer = model.blocks[0].mlp.fc2
+    layer.pack(quantized("svdquant", state_dict[f"{path}.weight"], unsigned=True))
+    before = layer.effective(), layer.effective_bias()
+    new = {leaf: torch.randn_like(state_dict[f"{path}.{leaf}"]) for leaf in ("weight", "bias")}
+    pc.apply_lora(model, LoRA(tuple(LoRALayer(f"{path}.{leaf}", 0, 1, "value",
+                                              {"value": new[leaf]}) for leaf in order)))
+    assert (layer.packing is None) is ("weight" in order)
+    for leaf, old, now in zip(new, before, (layer.effective, layer.effective_bias), strict=True):
+        found = layer.weight if leaf == "weight" and layer.packing is None else now()
+        torch.testing.assert_close(found, new[leaf] if leaf in order else old)
+
+
+@pytest.mark.parametrize("file", ["svdquant"], indirect=True)
 def test_gradients_reach_every_plain_parameter(file):
     """A LoRA or ControlNet may be trained over a quantised model."""
     model = pc.load_transformer(file, dtype=torch.float32)
