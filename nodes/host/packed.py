@@ -30,6 +30,7 @@ from .low_rank import Patches
 logger = logging.getLogger(__name__)
 
 _PART = ".weight"
+_MODEL_AS_LORA = "model_as_lora"  # the host's name for such patches
 
 
 class HostPackedWeight(PackedWeight):
@@ -156,6 +157,18 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
     def set_hook_mode(self, hook_mode: comfy.hooks.EnumHookMode) -> None:
         """The mode that keeps patched weights at hand has none to keep here."""
         super().set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
+
+    def add_hook_patches(self, hook: comfy.hooks.WeightHook, patches: dict, *args: Any,
+                         **kwargs: Any) -> Any:
+        """Of a whole model in place of a LoRA, the host hands over stored tensors by their names:
+        nothing that could be compared with what this model's are stored as."""
+        changed = [(patches or {}).get(key) for key, _ in packed_layers(self.model)]
+        if any(isinstance(value, tuple) and value[0] == _MODEL_AS_LORA for value in changed):
+            raise ValueError("this model was loaded from a quantised file, and Create Hook Model "
+                             "as LoRA needs one in 16 or 32 bits: load its original file, or "
+                             "unpack the file first: pixart convert IN OUT.safetensors; hooks of "
+                             "LoRA files (Create Hook LoRA) work as they are")
+        return super().add_hook_patches(hook, patches, *args, **kwargs)
 
     def patch_hook_weight_to_device(self, hooks: Any, combined_patches: dict, key: str,
                                     original_weights: dict, memory_counter: Any) -> None:

@@ -1,5 +1,6 @@
 """Patches of every kind that other packs put on a transformer; they count, record and may act."""
 
+import comfy.hooks
 import comfy.patcher_extension
 import torch
 
@@ -151,4 +152,20 @@ class ProbeReport:
         return report(RECORDS[label])
 
 
-NODES = (ProbePatches, ProbeReport)
+class ProbeModelAsLora:
+    """HOOKS as Create Hook Model as LoRA makes them of a checkpoint, of a MODEL."""
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}}
+
+    RETURN_TYPES = ("HOOKS",)
+    FUNCTION = "run"
+    CATEGORY = CATEGORY
+
+    def run(self, model):
+        weights = comfy.hooks.get_patch_weights_from_model(model)
+        return (comfy.hooks.create_hook_model_as_lora(weights, None, 1.0, 1.0),)
+
+
+NODES = (ProbePatches, ProbeReport, ProbeModelAsLora)
