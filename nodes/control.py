@@ -9,10 +9,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..pixart_core.model.controlnet import ControlMode, mode_weights
 from .host import files
-from .host.control import PixArtControl, check_control, load_control
+from .host.control import PixArtControl, check_control, load_control, report_control
 from .host.schema import CATEGORY, advanced, require_option, schema
 from .host.transformer import WRONG_CONTROL
-from .loaders import DTYPES, check_file
+from .loaders import DTYPES, check_file, shown
 
 NO_NEGATIVE = ("PixArt ControlNet Apply has no negative to hand on: wire the negative prompt "
                "through it too, or use a sampler without one (PixArt LCM Sampler)")
@@ -46,13 +46,15 @@ class PixArtControlNetLoader(io.ComfyNode):
             outputs=[io.ControlNet.Output(
                 display_name="control_net",
                 tooltip="For PixArt ControlNet Apply or Apply ControlNet.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, control_net_name, weight_dtype="auto") -> io.NodeOutput:
         require_option("weight_dtype", weight_dtype, DTYPES)
         path = files.full_path("controlnet", control_net_name)
-        return io.NodeOutput(load_control(path, DTYPES[weight_dtype]))
+        control = load_control(path, DTYPES[weight_dtype])
+        return io.NodeOutput(control, ui=shown(report_control(control, cls.hidden.unique_id)))
 
     @classmethod
     def validate_inputs(cls, control_net_name=None) -> bool | str:

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..pixart_core.checkpoint import CheckpointError
 from ..pixart_core.text.t5_quant import PRECISIONS
 from .host import files
-from .host.clip import check_t5, load_cached_clip, load_clip
+from .host.clip import check_t5, load_cached_clip, load_clip, report_clip
 from .host.model import check_transformer, load_model
 from .host.packed import report_packed
 from .host.schema import CATEGORY, advanced, require_option, schema
@@ -36,6 +36,11 @@ def check_file(check: Any, key: str, name: str | None) -> bool | str:
     except (CheckpointError, ValueError, ImportError) as error:
         return str(error)
     return True
+
+
+def shown(text: str | None) -> dict[str, list[str]] | None:
+    """What a node shows of a text, nothing for None."""
+    return None if text is None else {"text": [text]}
 
 
 class PixArtLoader(io.ComfyNode):
@@ -77,8 +82,10 @@ class PixArtLoader(io.ComfyNode):
         fields = {} if variant == "auto" else {"variant": variant}
         path = files.full_path("diffusion_models", model_name)
         model = load_model(path, DTYPES[weight_dtype], fields)
-        text = report_packed(model.model, model.load_device, cls.hidden.unique_id)
-        return io.NodeOutput(model, ui=None if text is None else {"text": [text]})
+        text = report_packed(model.model, model.load_device,
+                             model.model.manual_cast_dtype or model.model.get_dtype(),
+                             cls.hidden.unique_id)
+        return io.NodeOutput(model, ui=shown(text))
 
     @classmethod
     def validate_inputs(cls, model_name=None) -> bool | str:
@@ -119,6 +126,7 @@ class PixArtT5Loader(io.ComfyNode):
             ],
             outputs=[io.Clip.Output(display_name="clip",
                                     tooltip="For PixArt Text Encode or CLIP Text Encode.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -129,8 +137,9 @@ class PixArtT5Loader(io.ComfyNode):
         path = files.full_path("text_encoders", t5_name)
         check_t5(path, precision)
         if text_cache:
-            return io.NodeOutput(load_cached_clip(path, device, precision))
-        return io.NodeOutput(load_clip(path, device, precision=precision))
+            return io.NodeOutput(load_cached_clip(path, device, precision, cls.hidden.unique_id))
+        clip = load_clip(path, device, precision=precision)
+        return io.NodeOutput(clip, ui=shown(report_clip(clip, cls.hidden.unique_id)))
 
     @classmethod
     def validate_inputs(cls, t5_name=None, precision="auto") -> bool | str:

@@ -78,16 +78,27 @@ def load_clip(path: str, device: str = "default", disable_dynamic: bool = False,
     return clip
 
 
-def load_cached_clip(path: str, device: str, precision: str) -> text_cache.CachedCLIP:
+def load_cached_clip(path: str, device: str, precision: str,
+                     node_id: str | None = None) -> text_cache.CachedCLIP:
     """As `load_clip`, but the weights are read when the first prompt is met that is not in the
-    text cache, or a node changes or looks into the encoder."""
+    text cache, or a node changes or looks into the encoder; `report_clip` tells the node then."""
+    def load() -> comfy.sd.CLIP:
+        clip = load_clip(path, device, precision=precision)
+        report_clip(clip, node_id)
+        return clip
+
     opened = open_t5(path)
     tokenizer = _tokenizer_of(opened, _by_the_host(opened, precision))
     on = "cpu" if device == "cpu" else comfy.model_management.text_encoder_device().type
     return text_cache.CachedCLIP(
-        text_cache.Source(path, precision, on, lambda: load_clip(path, device,
-                                                                 precision=precision)),
+        text_cache.Source(path, precision, on, load),
         tokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings")))
+
+
+def report_clip(clip: comfy.sd.CLIP, node_id: str | None) -> str | None:
+    """As `report_packed`; the host computes T5 in float32."""
+    return packed.report_packed(clip.cond_stage_model, clip.patcher.load_device, torch.float32,
+                                node_id)
 
 
 def _load_patcher(path: str, device: str, precision: str,

@@ -35,7 +35,7 @@ from ...pixart_core.quant.kitchen_format import require_kernels
 from .conds import Area
 from .files import fingerprint
 from .model import residual_count, weight_dtypes
-from .packed import PackedOperations, PackedPatcher
+from .packed import PackedOperations, PackedPatcher, report_packed
 from .transformer import WRONG_MODEL, Controls, HostInputs, host_operations
 
 logger = logging.getLogger(__name__)
@@ -254,6 +254,14 @@ def load_control(path: str, dtype: torch.dtype | None = None) -> PixArtControl:
     logger.info("PixArt ControlNet: %d copied blocks of width %d, %s", opened.config.depth,
                 opened.config.hidden_size, dtype)
     return PixArtControl(network, patcher)
+
+
+def report_control(control: PixArtControl, node_id: str | None) -> str | None:
+    """As `report_packed`, in the dtype that the ControlNet was loaded in: that of activations is
+    the one of the model that it will steer."""
+    dtype = control.network.controlnet[0].after_proj.weight.dtype
+    return report_packed(control.network, control.patcher.load_device,
+                         dtype if dtype.itemsize > 1 else None, node_id)
 
 
 def _map_weights(network: PixArtControlNet, opened: OpenedControlNet) -> None:

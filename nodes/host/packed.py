@@ -211,11 +211,13 @@ def packed_layer(model: nn.Module, key: str) -> HostPackedWeight | None:
     return layer if isinstance(layer, HostPackedWeight) and layer.packing is not None else None
 
 
-def report_packed(model: nn.Module, device: torch.device, node_id: str | None) -> str | None:
-    """Log, and show on the node, what runs the quantised layers; None where there are none."""
+def report_packed(model: nn.Module, device: torch.device, dtype: torch.dtype | None,
+                  node_id: str | None) -> str | None:
+    """Log, and show on the node, what runs the quantised layers where the model computes in
+    `dtype`, None for any; None where there are no such layers."""
     counts: dict[str, int] = {}
     for _, layer in packed_layers(model):
-        line = f"{layer.format.name}: {layer.format.runner(device)}"
+        line = f"{layer.format.name}: {layer.format.runner(device, dtype)}"
         counts[line] = counts.get(line, 0) + 1
     if not counts:
         return None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .kitchen_format import (
     FLOATS,
+    HALVES,
     KitchenFormat,
     card_has,
     require_shape,
@@ -71,6 +72,7 @@ class _Float8(KitchenFormat):
     parts: ClassVar = {"weight_scale": FLOATS}
     row_sides: ClassVar = {"weight": 0}
     capability = (8, 9)
+    kernel_dtypes = HALVES
     dtype: torch.dtype
     layout: str
 
@@ -136,6 +138,7 @@ class MXFP8(KitchenFormat):
     parts: ClassVar = {"weight_scale": (E8M0, torch.uint8)}
     block = 32
     capability = (10, 0)
+    kernel_dtypes = HALVES
 
     @classmethod
     def opened(cls, layer: str, tensors: dict[str, Tensor],

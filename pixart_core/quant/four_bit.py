@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .eight_bit import layout_product, require_blocks, require_scales
-from .kitchen_format import FLOATS, KitchenFormat, card_has, require_shape, require_weight
+from .kitchen_format import FLOATS, HALVES, KitchenFormat, card_has, require_shape, require_weight
 from .stored import StoredWeight, Tensors
 
 GROUP = 64
@@ -28,6 +28,7 @@ class Int4(KitchenFormat):
 
     name = "awq_w4a16"
     functions = ("gemv_awq_w4a16",)
+    kernel_dtypes = HALVES
     parts: ClassVar = {"weight_scale": FLOATS, "weight_zero": FLOATS}
     row_sides: ClassVar = {"weight": 0, "weight_scale": 1, "weight_zero": 1}
     known_options = ("group_size",)
@@ -94,7 +95,7 @@ class Int4(KitchenFormat):
         return torch.addcmul(zero, codes.float() - 8, scale).reshape(rows, columns).to(dtype)
 
     def product(self, x: Tensor, tensors: Tensors, bias: Tensor | None) -> Tensor:
-        if x.dtype == torch.float32:  # kernels take 16 bits, and comfy-kitchen unpacks all at once
+        if x.dtype not in self.kernel_dtypes:  # comfy-kitchen would unpack all at once
             return self._in_pieces(x, tensors, bias)
         return self.kitchen().gemv_awq_w4a16(
             x, tensors["weight"], tensors["weight_scale"].to(x.dtype),
@@ -123,6 +124,7 @@ class NVFP4(KitchenFormat):
     parts: ClassVar = {"weight_scale": (torch.float8_e4m3fn, torch.uint8), "weight_scale_2": FLOATS}
     block = 16
     capability = (10, 0)
+    kernel_dtypes = HALVES
 
     @classmethod
     def opened(cls, layer: str, tensors: dict[str, Tensor],

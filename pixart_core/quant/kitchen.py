@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = "comfy-kitchen"
 VERSION = "0.2.31"  # the oldest that has all the formats and was tested
 EAGER = "eager"
+_ORDER = ("hip", "ascend", "cuda", "triton", EAGER)  # where the library does not tell its own
 
 _said: set[str] = set()
 
@@ -61,8 +62,10 @@ def installed_version() -> str:
         return "none"
 
 
-def backend_for(name: str, functions: Sequence[str], device: torch.device | str) -> Backend:
-    """The back end that runs `functions` of the format `name` on `device`.
+def backend_for(name: str, functions: Sequence[str], device: torch.device | str,
+                dtype: torch.dtype | None = None) -> Backend:
+    """The back end that runs `functions` of the format `name` on `device` for activations of
+    `dtype`, None for any.
 
     Raises ImportError as `require_kitchen` does.
     """
@@ -71,14 +74,19 @@ def backend_for(name: str, functions: Sequence[str], device: torch.device | str)
     if device.type != "cuda":
         return Backend(EAGER, f"plain PyTorch on the {device.type.upper()}")
     reasons = []
-    for backend in kitchen.registry._priority:
+    for backend in getattr(kitchen.registry, "_priority", _ORDER):
         if backend == EAGER:
             break
-        reason = _why_not(kitchen, backend, functions, device)
+        reason = _why_not(kitchen, backend, functions, device, dtype)
         if reason is None:
             return Backend(backend)
         reasons.append(f"{backend}: {reason}")
     return Backend(EAGER, "; ".join(reasons))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """"float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def say_once(sentence: str) -> None:
@@ -89,7 +97,7 @@ def say_once(sentence: str) -> None:
 
 
 def _why_not(kitchen: ModuleType, backend: str, functions: Sequence[str],
-             device: torch.device) -> str | None:
+             device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why a back end cannot run `functions` on a card, None when it can."""
     status = kitchen.list_backends().get(backend)
     if status is None or not status["available"]:
@@ -106,4 +114,7 @@ def _why_not(kitchen: ModuleType, backend: str, functions: Sequence[str],
         if needed is not None and capability < tuple(needed):
             return (f"needs compute capability {needed[0]}.{needed[1]}, the card has "
                     f"{capability[0]}.{capability[1]}")
+        taken = getattr(getattr(limits, "params", {}).get("x"), "dtypes", None)
+        if dtype is not None and taken and dtype not in taken:
+            return f"takes no {dtype_name(dtype)}"
     return None

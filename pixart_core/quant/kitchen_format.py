@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kitchen import Backend, backend_for, require_kitchen, say_once
+from .kitchen import Backend, backend_for, dtype_name, require_kitchen, say_once
 from .stored import StoredWeight, Tensors, WeightFormat
 
 FULL_PRECISION = "full_precision_matrix_mult"
@@ -36,6 +36,7 @@ class KitchenFormat(WeightFormat):
     parts: ClassVar[Mapping[str, tuple[torch.dtype, ...]]]
     known_options: ClassVar[tuple[str, ...]] = ()
     capability: ClassVar[tuple[int, int]] = (0, 0)  # of NVIDIA cards that `runs_on` asks for
+    kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS  # of activations; else unpacked
 
     @classmethod
     def read(cls, layer: str, tensors: Tensors, options: Mapping[str, Any]) -> StoredWeight:
@@ -74,19 +75,24 @@ class KitchenFormat(WeightFormat):
         """comfy_kitchen; ImportError where it is missing or too old for this format."""
         return require_kitchen(self.name, self.functions)
 
-    def backend(self, device: torch.device | str) -> Backend:
-        """What runs this layer on a device, and why not something faster."""
+    def backend(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Backend:
+        """What runs this layer on a device for activations of `dtype`, None for any, and why not
+        something faster."""
         if self.full_precision:
             return Backend("unpacked", "the file asks for products in full precision")
-        return backend_for(self.name, self.functions, device)
+        return backend_for(self.name, self.functions, device, dtype)
 
-    def runner(self, device: torch.device | str) -> str:
-        """What multiplies on a device and why, or what is in the way, in words."""
+    def runner(self, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
         try:
-            backend = self.backend(device)
+            backend = self.backend(device, dtype)
         except ImportError as error:
             return str(error)
-        if self.full_precision or self.runs_on(torch.device(device), torch.bfloat16):
+        if self.full_precision:
+            return str(backend)
+        if dtype is not None and dtype not in self.kernel_dtypes:
+            return (f"unpacked for each product (its kernels take 16 bits, the model computes in "
+                    f"{dtype_name(dtype)})")
+        if self.runs_on(torch.device(device), dtype or self.kernel_dtypes[0]):
             return str(backend)
         needed = ".".join(map(str, self.capability))
         return (f"unpacked for each product by {backend.name} (its kernels need an NVIDIA card of "
@@ -137,8 +143,8 @@ def card_has(format_name: str, device: torch.device, dtype: torch.dtype,
     """Whether `device` is an NVIDIA card of at least `capability` and `dtype` has 16 bits; says
     once what happens where not."""
     if dtype not in HALVES:  # the product of the card has no float32 output
-        say_once(f"{format_name} weights are unpacked for each product in {dtype}: their kernels "
-                 "take 16 bits")
+        say_once(f"{format_name} weights are unpacked for each product in {dtype_name(dtype)}: "
+                 "their kernels take 16 bits")
         return False
     # AMD's cards are "cuda" to PyTorch too, and have numbers of their own: gfx1100 is (11, 0)
     nvidia = device.type == "cuda" and torch.version.hip is None

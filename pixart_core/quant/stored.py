@@ -43,8 +43,9 @@ class WeightFormat(ABC):
         """x (..., in) through the layer: (..., out), in the dtype of x."""
         return F.linear(x, self.dense(tensors, x.dtype), self.dense_bias(tensors, bias))
 
-    def runner(self, device: torch.device | str) -> str:
-        """What multiplies on a device and why, in words."""
+    def runner(self, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+        """What multiplies activations of `dtype`, None for any, on a device and why, or what is
+        in the way, in words."""
         return "unpacked for each product"
 
     def is_finite(self, tensors: Tensors) -> bool:

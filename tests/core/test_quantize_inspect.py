@@ -1,11 +1,14 @@
 """pixart inspect on quantised files: formats, bits, ranks, and what runs them here."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from quant_layers import quantized
 from quantize_models import make_control, make_model, run, words
 
 from pixart_core.commands.describe_quantized import describe_quantized
+from pixart_core.quant import kitchen
 from pixart_core.quant.kitchen import Backend
 from pixart_core.quant.policy import METHODS
 
@@ -84,3 +87,23 @@ def test_layers_that_ask_for_full_precision():
     form = METHODS["int8"].format.quantize(torch.randn(64, 64),
                                            {"full_precision_matrix_mult": True}).format
     assert "unpacked" in form.runner("cpu")
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "nvfp4", "int4"])
+def test_what_runs_it_in_float32(name):
+    """Kernels of 16 bits do not run where a model computes in float32, as ComfyUI's T5 does."""
+    assert "float32" in weight(name).format.runner("cpu", torch.float32)
+
+
+def test_back_ends_that_do_not_take_the_dtype(monkeypatch):
+    """Also without the order of back ends, which comfy-kitchen does not promise to tell."""
+    halves = SimpleNamespace(dtypes=frozenset({torch.bfloat16, torch.float16}))
+    limits = SimpleNamespace(min_compute_capability=None, params={"x": halves})
+    there = {"available": True, "disabled": False, "capabilities": ["product"]}
+    library = SimpleNamespace(list_backends=lambda: {"cuda": there, "triton": there},
+                              registry=SimpleNamespace(get_constraints=lambda *_: limits))
+    monkeypatch.setattr(kitchen, "require_kitchen", lambda *_: library)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+    assert str(kitchen.backend_for("some", ["product"], "cuda", torch.bfloat16)) == "cuda"
+    slow = kitchen.backend_for("some", ["product"], "cuda", torch.float32)
+    assert slow.name == "eager" and "cuda: takes no float32" in slow.why

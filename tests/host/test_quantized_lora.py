@@ -8,7 +8,7 @@ import pytest
 import torch
 from checks import STARTER, parted, refused, relative, save, saved
 from graphs import MODEL, StarterGraph
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import pixart_core as pc
 from pixart_core.config import METADATA_KEY
@@ -179,7 +179,43 @@ def test_the_loader_shows_what_runs_the_layers(host, model):
     save(graph, graph.ksampler(steps=1), "shown")
     shown = "".join(text for _, text in host.run(graph).progress_text)
     name = {"svdquant": "svdquant_w4a4", "int8": "int8_tensorwise", "int4": "awq_w4a16"}
-    assert f"layers in {name[model.split('.')[0]]}: eager (plain PyTorch on the CPU)" in shown
+    runs = ("unpacked for each product (its kernels take 16 bits, the model computes in float32)"
+            if model.startswith("int4") else "eager (plain PyTorch on the CPU)")
+    assert f"layers in {name[model.split('.')[0]]}: {runs}" in shown
+
+
+def test_a_model_in_place_of_a_lora_is_refused(host, files):
+    """Its patches are stored tensors, of which the host would want the originals of this model."""
+    graph = StarterGraph(model="svdquant.safetensors")
+    other = graph.add("PixArtLoader", model_name=f"other_{MODEL}")
+    graph.positive = graph.add("ConditioningSetProperties", cond_NEW=graph.positive,
+                               hooks=graph.add("ProbeModelAsLora", model=other), strength=1.0,
+                               set_cond_area="default")
+    save(graph, graph.ksampler(steps=1), "refused")
+    refused(host, graph, "quantised file", "pixart convert", kind="execution")
+
+
+@pytest.mark.parametrize("change", ["bias", "bias and weight"])
+def test_a_trained_bias_behind_the_gelu(host, files, change):
+    """A LoRA file may bring it whole; what the stored bias takes back is not lost by it."""
+    weights, _ = pc.open_transformer(STARTER.transformer)
+    tensors = load_file(files / "loras" / LORA)
+    for leaf in change.split(" and "):
+        name = f"blocks.4.mlp.fc2.{leaf}"
+        weight = weights[name].float()
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+        tensors[f"diffusion_model.{name}"] = weight + weight.std() * noise
+    save_file(tensors, files / "loras" / "biased.safetensors")
+    host.free()
+
+    def load(graph):
+        ours(graph, name="biased.safetensors")
+
+    model = "svdquant.safetensors"
+    changed, dense = (latents(host, m, "biased", load) for m in (model, MODEL))
+    bare, dense_bare = latents(host, model, "bare"), latents(host, MODEL, "dense_bare")
+    assert relative(dense, dense_bare) > 0.02
+    assert relative(changed, dense) < 2 * relative(bare, dense_bare)
 
 
 def test_saving_a_quantised_model_says_what_to_do(host, model):
