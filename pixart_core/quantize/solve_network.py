@@ -66,7 +66,7 @@ def solve_network(network: Network, names: Sequence[str], inputs: Mapping[str, T
     that cannot be solved.
     """
     for name in names:
-        if work.layer(name) is None:
+        if not work.has_layer(name):
             layer = name.removesuffix(".weight")
             weight, bias = (network.state_dict.get(f"{layer}.{leaf}")
                             for leaf in ("weight", "bias"))

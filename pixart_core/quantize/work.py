@@ -6,7 +6,9 @@ solved layer has a file of its own. Every file is written whole or not at all.
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from ..checkpoint.write import write_checkpoint
 from ..quant.formats import file_tensors
 from ..quant.stored import StoredWeight
 from ..whole import whole_file
+
+logger = logging.getLogger(__name__)
 
 _SETTINGS, _INPUTS, _ERRORS = "settings.json", "inputs.safetensors", "errors"
 _BIAS = "bias"
@@ -81,25 +85,48 @@ class WorkFolder:
             tensors[_BIAS] = layer.bias
         write_checkpoint(self._file(name), tensors, {_ERRORS: json.dumps(layer.errors)})
 
+    def has_layer(self, name: str) -> bool:
+        """Whether the weight `name` is solved."""
+        return self._file(name).is_file()
+
     def layer(self, name: str) -> SolvedLayer | None:
-        """The solved weight `name`, None where it is still to do."""
+        """The solved weight `name` in memory, None where it is still to do."""
         file = self._file(name)
         if not file.is_file():
             return None
         read = read_checkpoint(file, keep_packed=True)
         errors = {key: float(value) for key, value in json.loads(read.metadata[_ERRORS]).items()}
-        return SolvedLayer(read.packed[name], read.state_dict.get(_BIAS), errors)
+        bias = read.state_dict.get(_BIAS)
+        # copies: a file that something is mapped to cannot be deleted everywhere
+        return SolvedLayer(read.packed[name].to("cpu", copy=True),
+                           None if bias is None else bias.clone(), errors)
 
     def finish(self) -> None:
-        """Delete what this class has written, and the folder where nothing else is in it."""
-        for file in self.path.glob("*.safetensors"):
-            file.unlink()
-        (self.path / _SETTINGS).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
+        """Delete what this class has written, and the folder where nothing else is in it.
+
+        What cannot be deleted is named in the log, and keeps its settings, so that another job
+        does not take it for its own.
+        """
+        gc.collect()  # Windows deletes no file that tensors are mapped to
+        left = [file.name for file in self.path.glob("*.safetensors") if not _deleted(file)]
+        if not left and not _deleted(self.path / _SETTINGS):
+            left = [_SETTINGS]
+        if not left and not any(self.path.iterdir()):
             self.path.rmdir()
+        if left:
+            logger.warning("%s is not needed any more, but another program keeps %s open; delete "
+                           "the folder yourself", self.path, ", ".join(left))
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name.removesuffix('.weight')}.safetensors"
+
+
+def _deleted(file: Path) -> bool:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

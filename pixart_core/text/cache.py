@@ -62,13 +62,14 @@ class TextCache:
             if path.is_file():
                 logger.warning("an entry of the text cache is damaged, the prompt is encoded "
                                "again: %s", error)
-                path.unlink(missing_ok=True)
+                _delete(path)
             return None
         try:
             os.utime(path)
         except OSError:
             logger.debug("%s is used and cannot say so", path)
-        return entry.caption[0] if info["row"] else entry.caption
+        # a copy: an entry that a prompt is mapped to could not leave the cache everywhere
+        return (entry.caption[0] if info["row"] else entry.caption).clone()
 
     def put(self, key: str, states: Tensor) -> None:
         """Keep states; a folder that cannot be written is logged and leaves them out."""
@@ -124,13 +125,23 @@ class TextCache:
             if file.suffix == _SUFFIX:
                 entries.append((found.st_mtime_ns, found.st_size, file))
             elif file.suffix == ".part" and time.time() - found.st_mtime > _LEFT_OVER:
-                file.unlink(missing_ok=True)
+                _delete(file)
         total = sum(size for _, size, _ in entries)
         for _, size, file in sorted(entries):
             if total <= self.limit:
                 break
-            file.unlink(missing_ok=True)
-            total -= size
+            if _delete(file):
+                total -= size
+
+
+def _delete(file: Path) -> bool:
+    """Whether a file is gone; one that another program has open stays, which is logged."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("the text cache cannot delete %s now: %s", file, error)
+        return False
+    return True
 
 
 def cache_key(**parts: Any) -> str:

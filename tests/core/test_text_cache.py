@@ -203,3 +203,31 @@ def test_only_the_owner_can_look_into_a_new_folder(tmp_path):
         pytest.skip("folders have other rights there")
     lazy(tmp_path / "cache").states(PROMPT, 24)
     assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
+
+
+def test_an_entry_that_cannot_be_deleted_is_named_and_the_next_one_leaves(tmp_path, caplog,
+                                                                          monkeypatch):
+    """Windows keeps files that another program has open."""
+    cache = TextCache(tmp_path, 3 * 5000)
+    unlink = Path.unlink
+
+    def locked(path, missing_ok=False):
+        if path.stem == "a":
+            raise PermissionError("in use")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", locked)
+    for time, key in enumerate("abcd"):
+        cache.put(key, torch.zeros(4, 256))
+        os.utime(tmp_path / f"{key}.safetensors", (time, time))
+    assert [key for key in "abcd" if cache.get(key) is not None] == ["a", "c", "d"]
+    assert "a.safetensors" in caplog.text and "does not keep" not in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_was_found_keeps_no_file_open(tmp_path):
+    """Or Windows could not evict it while the prompt is in use."""
+    cache = TextCache(tmp_path)
+    cache.put("key", torch.zeros(300, 4096))
+    states = cache.get("key")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text() and states.shape == (300, 4096)
