@@ -1,4 +1,4 @@
-"""comfy-kitchen's kernels against its plain PyTorch, format by format, at the widths of XL/2.
+"""comfy-kitchen's kernels against plain PyTorch, format by format, at the widths of XL/2.
 
 `python -m benchmarks.kernels` runs every quantised layer shape of a block on the card with the
 kernels and with the eager back end, and beside the 16-bit layer: relative error of the output and
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixart_core.quant import StoredWeight
+from pixart_core.quant.eight_bit import Float8E4M3
 from pixart_core.quant.kitchen import EAGER
 from pixart_core.quant.policy import METHODS
 from pixart_core.quant.svdquant import SVDQuantSettings, solve_layer
@@ -73,7 +74,7 @@ def compare(name: str, layer: str, shape: tuple[int, int], options: argparse.Nam
 
     def eager() -> Tensor:
         with comfy_kitchen.use_backend(EAGER):
-            return stored.format.linear(x, stored.tensors, bias)
+            return eager_linear(stored, x, bias)
 
     backend = stored.format.backend(device)
     exact = F.linear(x.float(), dense.float(), zero.float())
@@ -82,6 +83,21 @@ def compare(name: str, layer: str, shape: tuple[int, int], options: argparse.Nam
                         "dense": [lambda: F.linear(x, dense, zero)]}, options.repeats, device)
     return [name, layer, str(backend), f"{error:.2e}", f"{100 * _relative(fast(), exact):.2f} %",
             *(show(times[key].median) for key in ("fast", "eager", "dense"))], error
+
+
+def eager_linear(stored: StoredWeight, x: Tensor, bias: Tensor) -> Tensor:
+    """What a kernel has to give, inside `use_backend(EAGER)`.
+
+    That does not reach the product of two float8 matrices, which is PyTorch's own: it is taken of
+    the rounded weight and the rounded x in float32 instead.
+    """
+    form = stored.format
+    if not isinstance(form, Float8E4M3) or not form.runs_on(x.device, x.dtype):
+        return form.linear(x, stored.tensors, bias)
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    rounded = QuantizedTensor.from_float(x, form.layout).dequantize().float()
+    return F.linear(rounded, stored.dense(), bias.float()).to(x.dtype)
 
 
 def quantized(name: str, weight: Tensor, x: Tensor, unsigned: bool) -> tuple[StoredWeight, Tensor]:
