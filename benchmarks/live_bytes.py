@@ -1,54 +1,72 @@
 """The bytes of every tensor that is alive, counted while a model runs without any memory.
 
 On PyTorch's meta device tensors have shapes and no content. A dispatch mode sees each of them come,
-and a weak reference to its storage says when it goes: the peak is what a card would have to hold,
-without its allocator's rounding, kernels' own workspaces and the few hundred megabytes of CUDA.
+and a weak reference to its storage says when it is gone: the peak is what a card would have to
+hold, workspaces of comfy-kitchen's kernels among it, without its allocator's rounding, PyTorch's
+own kernels' workspaces and the few hundred megabytes of CUDA.
 """
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from .workspaces import workspace_of
+
 
 class LiveBytes(TorchDispatchMode):
-    """While active: `now` bytes of tensors made since it began, and the most there were, `peak`."""
+    """While active: the most bytes that tensors made since it began held at a time, `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
+        self.peak = 0
+        # a weak reference keeps the address of a storage from being given to another one
+        self._older: dict[int, StorageWeakRef] = {}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._kept: dict[Hashable, int] = {}
+
+    @property
+    def now(self) -> int:
+        """Bytes of what was made and is still alive."""
+        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
+        return sum(size for _, size in self._made.values()) + sum(self._kept.values())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
                            kwargs: Any = None) -> Any:
-        for tensor in tree_iter((args, kwargs or {})):
+        kwargs = kwargs or {}
+        for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, Tensor):
-                self._seen.add(tensor.untyped_storage()._cdata)  # made before, or counted already
-        out = function(*args, **(kwargs or {}))
+                self._note_older(tensor)
+        out = function(*args, **kwargs)
+        workspace = workspace_of(function, args, kwargs)
+        self._kept.update(workspace.kept)
+        note = self._note_older if workspace.returned else self._note_made
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
-                self._count(tensor)
+                note(tensor)
+        self.peak = max(self.peak, self.now + workspace.passing)
         return out
 
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
+    def _note_older(self, tensor: Tensor) -> None:
+        """A storage that was there before, or that something else counts."""
+        reference = StorageWeakRef(tensor.untyped_storage())
+        if not self._is_known(reference):
+            self._older[reference.cdata] = reference
 
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
+    def _note_made(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if not self._is_known(reference):
+            self._made[reference.cdata] = reference, storage.nbytes()
+
+    def _is_known(self, reference: StorageWeakRef) -> bool:
+        return reference.cdata in self._older or reference.cdata in self._made
 
 
 def weight_bytes(*modules: nn.Module) -> int:

@@ -2,16 +2,17 @@
 
 `python -m benchmarks.small_memory` builds T5-XXL, PixArt XL/2 and the VAE at full size on the meta
 device and counts the bytes of every tensor alive while each runs: nothing is computed, and no
-weights are needed. Each phase holds its own model alone, as the nodes do it. On a card, add what
-CUDA itself takes and the allocator's rounding.
+weights are needed. Each phase holds its own model alone, and T5 computes in float32, as the nodes
+do it. On a card, add what CUDA itself takes and the allocator's rounding.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from pixart_core.quant import StoredWeight, pack_linears, packed_operations
 from pixart_core.quant.eight_bit import Float8E4M3, Int8
 from pixart_core.quant.four_bit import GROUP, Int4
 from pixart_core.quant.policy import METHODS, t5_layers, t5_options, transformer_layers
+from pixart_core.quant.stored import Tensors, WeightFormat
 from pixart_core.quant.svdquant_format import SVDQuant
 from pixart_core.text.encoder import build_encoder
-from pixart_core.text.t5_file import T5Config, T5File, expected_shapes
+from pixart_core.text.t5_file import EMBEDDING, T5Config, T5File, expected_shapes
 from pixart_core.vae import VAE
 
 from .live_bytes import LiveBytes, fused_attention, weight_bytes
@@ -100,25 +102,42 @@ def recipes_of(texts: Mapping[str, Phase], models: Mapping[str, Phase],
         "As released: all in 16 bits, VAE in 32":
             (texts["bf16"], models["bf16"], vaes["float32, whole"]),
         "8 GB: T5 int8": (texts["int8"], models["bf16"], vaes["bf16, whole"]),
-        "6 GB: T5 int4, model int8, VAE in tiles": (texts["int4"], models["int8"], vaes[TILES]),
+        "6 GB: T5 int4, VAE in tiles": (texts["int4"], models["bf16"], vaes[TILES]),
         "4 GB: T5 int4, SVDQuant, VAE in tiles": (texts["int4"], models["svdquant"], vaes[TILES]),
         "T5 on the CPU: SVDQuant, VAE in tiles": (Phase(0, 0), models["svdquant"], vaes[TILES]),
     }
 
 
-def text_phase(precision: str, tokens: int) -> Phase:
-    """T5-XXL over one prompt."""
-    shapes = {name: torch.Size(shape) for name, shape in expected_shapes(T5_XXL).items()}
-    weights = {name: torch.empty(shape, dtype=torch.bfloat16, device=META)
-               for name, shape in shapes.items()}
-    packed: dict[str, StoredWeight] = {}
-    if precision != "bf16":
-        method = METHODS[precision]
-        for name in t5_layers(shapes, method):
-            packed[name] = placeholder(precision, weights.pop(name).shape, t5_options(method))
-    model = build_encoder(T5File(Path("t5"), weights, T5_XXL, torch.bfloat16, packed=packed))
+@dataclass(frozen=True)
+class Cast(WeightFormat):
+    """A 16-bit weight, cast for each product to what the host computes in."""
+
+    shape: torch.Size
+    name: ClassVar[str] = "bf16"
+
+    def dense(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        return tensors["weight"].view(torch.bfloat16).to(dtype)
+
+
+def text_phase(precision: str, tokens: int, config: T5Config = T5_XXL) -> Phase:
+    """T5 over one prompt, as ComfyUI runs it: matrices in the precision, activations in float32."""
+    shapes = {name: torch.Size(shape) for name, shape in expected_shapes(config).items()}
+    layers = t5_layers(shapes, METHODS["int8"])
+    weights = {name: torch.empty(shape, device=META,
+                                 dtype=torch.bfloat16 if name == EMBEDDING else torch.float32)
+               for name, shape in shapes.items() if name not in layers}
+    packed = {name: _t5_weight(precision, shapes[name]) for name in layers}
+    model = build_encoder(T5File(Path("t5"), weights, config, torch.bfloat16, packed=packed))
+    model.shared.register_forward_hook(lambda _module, _ids, states: states.float())
     ids = torch.zeros(1, tokens, dtype=torch.long, device=META)
     return _phase(lambda: model(input_ids=ids), model)
+
+
+def _t5_weight(precision: str, shape: torch.Size) -> StoredWeight:
+    if precision == "bf16":
+        return StoredWeight(Cast(shape), {"weight": torch.empty(shape, dtype=torch.bfloat16,
+                                                                device=META)})
+    return placeholder(precision, shape, t5_options(METHODS[precision]))
 
 
 def model_phase(precision: str, pixels: int, tokens: int, guidance: bool) -> Phase:
