@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..captions import Captions
 from ..checkpoint import sha256_file
 from ..config import PixArtConfig
 from ..extras import require
+from ..quantize.calibrated import CalibrationCaptions, encode_captions
 from ..settings import Settings
 from ..text.embeddings import CaptionRow
 from .quantize_options import CalibrationOptions
@@ -26,7 +26,7 @@ NEEDED = ("svdquant is calibrated while the model draws: name the T5 with --t5 F
 
 
 @dataclass(frozen=True)
-class CalibrationCaptions:
+class CaptionSource:
     """Prompts, or files of encoded ones, and the resolved settings that they are drawn with."""
 
     settings: Settings
@@ -50,7 +50,7 @@ class CalibrationCaptions:
                 "embeddings": [sha256_file(path) for path in self.embeddings],
                 **{name: sha256_file(path) for name, path in given.items() if path is not None}}
 
-    def encoded(self, device: torch.device) -> tuple[list[CaptionRow], list[CaptionRow]]:
+    def encoded(self, device: torch.device) -> CalibrationCaptions:
         """The captions and, with guidance, as many negatives; the T5 is gone again afterwards.
 
         Raises ValueError for captions of another width than the model's.
@@ -58,22 +58,12 @@ class CalibrationCaptions:
         if self.embeddings:
             captions = Captions(None, self.caption_channels)
             positive = _spread(self._saved(captions), self.count)
-            return positive, captions.negative(self.settings, len(positive), self.negative)
-        from ..text import T5TextEncoder
-
+            return CalibrationCaptions(
+                positive, captions.negative(self.settings, len(positive), self.negative))
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        encoder = T5TextEncoder.from_path(self.t5, dtype=dtype, tokenizer=self.tokenizer,
-                                          device=device, precision=self.precision)
-        if encoder.caption_channels != self.caption_channels:
-            raise ValueError(f"{self.t5.name} gives captions {encoder.caption_channels} wide, the "
-                             f"model reads {self.caption_channels}; name the T5 that belongs to it")
-        captions = Captions(encoder, self.caption_channels)
-        rows = (captions.positive(self.prompts, self.settings),
-                captions.negative(self.settings, self.count))
-        rows = tuple([row._replace(states=row.states.cpu()) for row in part] for part in rows)
-        del captions, encoder
-        gc.collect()
-        return rows
+        return encode_captions(self.t5, self.prompts, self.settings, self.caption_channels,
+                               tokenizer=self.tokenizer, precision=self.precision, dtype=dtype,
+                               device=device)
 
     def _saved(self, captions: Captions) -> list[CaptionRow]:
         return [row for path in self.embeddings
@@ -81,7 +71,7 @@ class CalibrationCaptions:
 
 
 def choose_captions(options: CalibrationOptions, config: PixArtConfig, size: int,
-                    count: int) -> CalibrationCaptions:
+                    count: int) -> CaptionSource:
     """What to draw for a model of `config`, `count` prompts of many unless told otherwise.
 
     Raises ValueError where neither a T5 nor encoded prompts were named, for guidance without a
@@ -102,15 +92,15 @@ def choose_captions(options: CalibrationOptions, config: PixArtConfig, size: int
                                      "one out")
         captions = Captions(None, channels)
         captions.check(settings, options.embeddings[0], options.negative_embeddings)
-        chosen = CalibrationCaptions(settings, channels, (), None, None, AUTO,
-                                     tuple(options.embeddings), options.negative_embeddings, 0)
+        chosen = CaptionSource(settings, channels, (), None, None, AUTO,
+                               tuple(options.embeddings), options.negative_embeddings, 0)
         found = len(chosen._saved(captions))
         return dataclasses.replace(chosen, count=min(options.count or found, found))
     if options.negative_embeddings is not None:
         raise typer.BadParameter("--negative-embeddings belong to --embeddings; with --t5 the "
                                  "empty prompt is encoded")
     prompts = _spread(read_prompts(options.prompts), options.count or count)
-    return CalibrationCaptions(settings, channels, tuple(prompts), options.t5, options.tokenizer,
+    return CaptionSource(settings, channels, tuple(prompts), options.t5, options.tokenizer,
                                options.t5_precision or AUTO, (), None, len(prompts))
 
 

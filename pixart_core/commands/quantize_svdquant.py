@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +19,11 @@ from ..model import Control
 from ..model.controlnet import check_fit
 from ..quant.svdquant import SVDQuantSettings
 from ..quant.svdquant.layer import RANK_MULTIPLE
-from ..quantize.calibrate import sampled_inputs
+from ..quantize.calibrated import described, observed_rows, solve_calibrated
 from ..quantize.network import Network, open_network, storage_dtype
-from ..quantize.solve_network import solve_network
 from ..quantize.work import WorkFolder
 from .common import DTYPES, device_of, errors, one_of, progress_bars
-from .quantize_captions import CalibrationCaptions, choose_captions
+from .quantize_captions import CaptionSource, choose_captions
 from .quantize_control import check_control, control_latents
 from .quantize_network import finish
 from .quantize_options import CalibrationOptions, Request
@@ -57,10 +55,7 @@ def quantize_calibrated(request: Request) -> None:
         check_fit(network.config, config)
     size = options.size or min(config.image_size, _LARGEST[place.type])
     captions = choose_captions(options, config, size, _COUNT[place.type])
-    said = {"method": request.method.name, "rank": solver.rank, "gptq": solver.gptq,
-            "seed": solver.seed, "rows": rows, "captions": captions.count, "size": size,
-            "steps": captions.settings.steps, "guidance": captions.settings.guidance,
-            "drawn_in": str(compute).removeprefix("torch.")}
+    said = described(solver, captions.settings, captions.count, rows, compute)
     work = WorkFolder(request.target)
     compare = request.report is not None
     resumed = work.begin({
@@ -70,34 +65,29 @@ def quantize_calibrated(request: Request) -> None:
     if resumed:
         errors.print(f"going on with {work.path}", highlight=False, soft_wrap=True)
     with _kept(work), progress_bars(errors, hidden=True) as progress:
-        inputs = work.inputs()
-        if inputs is None:
-            drawing = progress.add_task("calibration", total=captions.passes())
-            work.save_inputs(_calibrate(request, network, captions, names, rows, compute, place,
-                                        lambda: progress.advance(drawing)))
-            gc.collect()
-            inputs = work.inputs()
+        drawing = progress.add_task("calibration", total=captions.passes(), visible=False)
         solving = progress.add_task("layers", total=len(names))
-        solved = solve_network(network, names, inputs, solver, work, device=place,
-                               compare=compare, done=lambda _: progress.advance(solving))
-    stored = {name: layer.weight for name, layer in solved.items()}
-    biases = {name.removesuffix("weight") + "bias": layer.bias
-              for name, layer in solved.items() if layer.bias is not None}
-    finish(request, network, stored, dtype, said,
-           {name: layer.errors for name, layer in solved.items()}, biases)
+
+        def observe() -> dict[str, Tensor]:
+            progress.update(drawing, visible=True)
+            return _observe(request, network, captions, names, rows, compute, place,
+                            lambda: progress.advance(drawing))
+
+        solved = solve_calibrated(network, names, solver, work, observe, device=place,
+                                  compare=compare, done=lambda _: progress.advance(solving))
+    finish(request, network, solved.stored, dtype, said, solved.errors, solved.biases)
     work.finish()
 
 
-def _calibrate(request: Request, network: Network, captions: CalibrationCaptions,
-               names: list[str], rows: int, compute: torch.dtype, place: torch.device,
-               done: Callable[[], None]) -> dict[str, Tensor]:
+def _observe(request: Request, network: Network, captions: CaptionSource,
+             names: list[str], rows: int, compute: torch.dtype, place: torch.device,
+             done: Callable[[], None]) -> dict[str, Tensor]:
     """What enters each layer while the captions are drawn, (rows, K) by layer name."""
     from ..load import load_transformer
     from ..load_control import load_controlnet
-    from ..quantize.trajectory import draw_all
 
     options = request.calibration
-    positive, negative = captions.encoded(place)
+    encoded = captions.encoded(place)
     controls: list[Control] = []
     if network.is_controlnet:
         model = load_transformer(options.base, dtype=compute, device=place)
@@ -108,10 +98,7 @@ def _calibrate(request: Request, network: Network, captions: CalibrationCaptions
     else:
         model = watched = load_transformer(request.source, dtype=compute, device=place,
                                            **request.fields)
-    layers = [name.removesuffix(".weight") for name in names]
-    with sampled_inputs(watched, layers, rows, captions.settings.seed) as samples:
-        draw_all(model, captions.settings, positive, negative, controls, done)
-    return {name: sample.rows() for name, sample in samples.items()}
+    return observed_rows(model, watched, names, rows, captions.settings, encoded, controls, done)
 
 
 @contextmanager

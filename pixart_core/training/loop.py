@@ -6,6 +6,7 @@ carries over between steps, so a run that was interrupted goes on as if it never
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -184,6 +185,12 @@ def _prepare_modules(recipe: Recipe) -> None:
         checkpoint_blocks([recipe.trained])
 
 
+def _defaults(settings: RunSettings) -> dict[str, Any]:
+    """What a setting is where nobody gives it."""
+    return {field.name: field.default for field in dataclasses.fields(settings)
+            if isinstance(field.default, bool | int | float | str | None)}
+
+
 def _resume(recipe: Recipe, optimizer: torch.optim.Optimizer, accelerator: Any,
             listener: Listener) -> RunState:
     """The state to go on from: that of the newest checkpoint of `out`, or the beginning."""
@@ -192,13 +199,14 @@ def _resume(recipe: Recipe, optimizer: torch.optim.Optimizer, accelerator: Any,
         return RunState(0, {})
     state = read_state(found[-1], recipe)
     mine = json.loads(to_json(recipe.settings))
-    changed = sorted(name for name in mine.keys() | state.settings.keys()
-                     if name not in _FREE and mine.get(name) != state.settings.get(name))
+    theirs = _defaults(recipe.settings) | state.settings  # a run from before a setting existed
+    changed = sorted(name for name in mine.keys() | theirs.keys()
+                     if name not in _FREE and mine.get(name) != theirs.get(name))
     if changed:
         name = changed[0]
         raise ValueError(
             f"{recipe.settings.out} holds a run with other settings: {name} is "
-            f"{state.settings.get(name)!r} there and {mine.get(name)!r} here"
+            f"{theirs.get(name)!r} there and {mine.get(name)!r} here"
             + (f" ({', '.join(changed[1:])} differ too)" if changed[1:] else "")
             + "; go on with the same settings, or use another out folder")
     load_run(found[-1], recipe, optimizer)

@@ -186,6 +186,18 @@ def test_other_settings_in_the_same_folder_are_refused(model, tmp_path):
         train(start("lora", tmp_path, model, steps=2))
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(model, tmp_path):
+    """Protects long runs from an update: what a setting does by default is what the run did."""
+    train(start("base", tmp_path, model, steps=1))
+    file = checkpoints_in(tmp_path)[-1] / "state.json"
+    state = json.loads(file.read_text())
+    assert state["settings"].pop("gradient_accumulation") == 1
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="gradient_accumulation is 1 there and 2 here"):
+        train(start("base", tmp_path, model, steps=2, gradient_accumulation=2))
+    assert train(start("base", tmp_path, model, steps=2)).step == 2
+
+
 def test_a_damaged_checkpoint_is_named(model, tmp_path):
     train(start("base", tmp_path, model, steps=1))
     folder, = checkpoints_in(tmp_path)

@@ -8,6 +8,7 @@ import pixart_core as pc
 from pixart_core.commands.train_run import _ABOUT
 from pixart_core.text import T5TextEncoder
 from pixart_core.training.curves import read_curves
+from pixart_core.training.draws import Draws
 from pixart_core.training.edges_data import OutlinedScenes
 from pixart_core.training.loop import train
 from pixart_core.training.pictures import PictureSamples
@@ -78,6 +79,33 @@ def test_a_vae_learns_and_loads_where_vaes_do(folder, tmp_path):
                     vae=outcome.files[0], ema_decay=None, warmup_steps=0)
     mine, theirs = recipe.trained.network.state_dict(), vae.network.state_dict()
     assert all(torch.allclose(mine[n], theirs[n], atol=1e-7) for n in theirs)
+
+
+@torch.no_grad()
+def test_latent_noise_reaches_the_decoder_and_nothing_else(folder, tmp_path):
+    """Protects the robustness of latents: the decoder reads noisy ones, the moments are of clean
+    ones, every sample's noise is its own number's, and 0 means none."""
+    losses = {}
+    for noise in (0.0, 0.5):
+        recipe = RECIPES["vae"][0](recipe_settings("vae", QUICK | {
+            "out": tmp_path, "data": folder, "crop": 16, "latent_noise": noise}))
+        batch = recipe.samples.batch(0, 4)
+        losses[noise] = [recipe.loss(recipe.trained, batch, Draws(0, numbers)).parts
+                         for numbers in (range(4), range(4), range(4, 8))]
+    first, again, other = losses[0.5]
+    assert torch.equal(first["error"], again["error"])
+    assert not torch.equal(first["error"], other["error"])
+    assert torch.equal(first["moments"], other["moments"])
+    plain, _, same = losses[0.0]
+    assert torch.equal(plain["error"], same["error"])
+    assert torch.equal(plain["moments"], first["moments"])
+    assert not torch.equal(plain["error"], first["error"])
+
+
+@pytest.mark.parametrize("name", ["latent_noise", "moments"])
+def test_strengths_below_zero_are_refused(name, folder, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} is -0.1; use 0 or more"):
+        recipe_settings("vae", {"out": tmp_path, "data": folder, name: -0.1})
 
 
 def test_taesd_names_go_there_and_back():

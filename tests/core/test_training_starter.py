@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import pixart_core as pc
 from pixart_core.commands import app
 from pixart_core.starter import starter_in
-from pixart_core.training.data.index import read_index
+from pixart_core.training.data import CachedSamples, rescale, rescale_cache
+from pixart_core.training.recipes import RECIPES
 from pixart_core.training.starter import FILE, make_starter, read_family
 
 TINY = {"base64": {"steps": 2, "batch_size": 2}, "base": {"steps": 2, "batch_size": 2},
@@ -32,10 +33,12 @@ def family(tmp_path_factory):
         if step["do"] == "cache":
             step["image_size"] = 64
         if "model" in step and isinstance(step["model"], dict):
-            step["model"].update(depth=3, hidden_size=48, num_heads=2, mlp_hidden_size=64)
+            step["model"].update(depth=3, hidden_size=192, num_heads=4, mlp_hidden_size=64)
         if "kv_compression" in step:
             step["kv_compression"]["layers"] = [2]
-        if step["do"] not in ("scenes", "cache", "retarget", "recache"):
+        if step["do"] == "svdquant":
+            step.update(image_size=64, count=2, rows=64)
+        if step["do"] in RECIPES:
             step.update(sample_every=0)
     path = tmp_path_factory.mktemp("family") / "tiny.yaml"
     path.write_text(yaml.safe_dump(entries, sort_keys=False))
@@ -74,32 +77,65 @@ def test_its_members_draw_together(made):
 
 
 def test_sigma_trains_on_the_same_latents(made):
-    """Protects an hour of encoding: alike VAEs share the shards, others are refused."""
+    """Protects an hour of encoding: the same rows under the other factor, captions untouched."""
     work = made[1]
-    first, second = (read_index(work / name) for name in ("cache", "sigma-cache"))
+    first, second = (CachedSamples(work / name) for name in ("cache", "sigma-cache"))
     assert (second.facts.variant, second.facts.latent_scale) == ("sigma", 0.13025)
-    assert first.facts.vae_sha256 != second.facts.vae_sha256
-    assert [s.digest for s in first.shards] == [s.digest for s in second.shards]
-    other = made[0].parent / "other.safetensors"
-    tensors = load_file(work / "vae" / "vae.safetensors")
-    save_file({name: t + 1 for name, t in tensors.items()}, other)
-    step = {"name": "x", "do": "recache", "source": str(work / "cache"), "variant": "sigma",
-            "old_vae": str(work / "vae" / "vae.safetensors"), "vae": str(other)}
-    path = made[0].parent / "other.yaml"
-    path.write_text(yaml.safe_dump({"steps": [step], "files": {"a": "b"}}))
-    with pytest.raises(ValueError, match="different VAEs"):
-        make_starter(made[0].parent / "out", made[0].parent / "work", read_family(path))
+    one, other = first.preview(4), second.preview(4)
+    assert one.latents.std() > 0.01
+    for ours, theirs in ((one.latents, other.latents), (one.control, other.control)):
+        torch.testing.assert_close(theirs, ours * 0.13025 / 0.18215, rtol=1e-3, atol=1e-4)
+    assert torch.equal(one.caption, other.caption) and one.texts == other.texts
+    assert torch.equal(first.null_caption.states, second.null_caption.states)
+
+
+def test_a_rescaled_cache_is_not_mistaken_for_another(made):
+    """Protects a finished cache from a call for another variant, and from an unknown one."""
+    source, out = made[1] / "cache", made[1] / "sigma-cache"
+    with pytest.raises(ValueError, match=r"another cache \(variant is sigma, now alpha\)"):
+        rescale_cache(source, out, "alpha")
+    with pytest.raises(ValueError, match="variant is 'omega'; use one of"):
+        rescale_cache(source, out.with_name("new"), "omega")
+    assert not out.with_name("new").exists()
+
+
+def test_a_stopped_rescaling_leaves_no_cache(made, monkeypatch, tmp_path):
+    """Protects against half a cache that trains: the index comes last, and a rerun finishes."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    source = made[1] / "cache"
+    monkeypatch.setattr(rescale, "write_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        rescale_cache(source, tmp_path / "out", "sigma")
+    with pytest.raises(pc.CheckpointError, match="not a training cache"):
+        CachedSamples(tmp_path / "out")
+    monkeypatch.undo()
+    assert rescale_cache(source, tmp_path / "out", "sigma").rows == len(CachedSamples(source))
 
 
 def test_the_sigma_member_is_of_its_own_kind(made):
-    """Protects what makes it a Sigma: compression, no size conditioning, its VAE's scale."""
+    """Protects what makes it a Sigma: compression and no size conditioning."""
     model = pc.load_transformer(made[0] / "diffusion_models" / "pixart_starter_sigma.safetensors")
     assert model.config.variant == "sigma" and not model.config.micro_conditioning
     assert model.config.kv_compression.layers == (2,)
-    vae = load_file(made[0] / "vae" / "vae_starter_sigma.safetensors")
-    assert vae["vae_scale"].item() == pytest.approx(0.13025)
-    alpha = load_file(made[0] / "vae" / "vae_starter.safetensors")
-    assert torch.equal(vae["taesd_decoder.1.weight"], alpha["taesd_decoder.1.weight"])
+
+
+def test_the_student_in_four_bits_is_the_student(made):
+    """Protects the SVDQuant member: made of the student, close to it, with its config."""
+    folder = made[0] / "diffusion_models"
+    files = [folder / f"pixart_starter_lcm{kind}.safetensors" for kind in ("", "_svdquant")]
+    student, packed = (pc.load_transformer(path, dtype=torch.float32) for path in files)
+    assert packed.config == student.config
+    formats = {w.packing for w in pc.read_checkpoint(files[1], keep_packed=True).packed.values()}
+    assert formats == {"svdquant_w4a4"}
+    x, caption = torch.randn(1, 4, 8, 8), torch.randn(1, 5, student.config.caption_channels)
+    size = torch.tensor([[64.0, 64.0]])
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    with torch.no_grad():
+        drawn = [m(x, torch.tensor([500.0]), m.prepare_caption(caption, mask), image_size=size,
+                   aspect_ratio=torch.ones(1, 1)) for m in (student, packed)]
+    assert 0 < (drawn[0] - drawn[1]).norm() < 0.3 * drawn[0].norm()
 
 
 def test_the_same_command_does_nothing_twice(made, family):

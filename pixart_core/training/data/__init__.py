@@ -13,11 +13,14 @@ from .samples import CachedSamples
 
 if TYPE_CHECKING:
     from .cache import CacheReport, build_cache
+    from .rescale import rescale_cache
     from .settings import CacheSettings
 
-_HOME = {"CacheReport": "cache", "CacheSettings": "settings", "build_cache": "cache"}
+_HOME = {"CacheReport": "cache", "CacheSettings": "settings", "build_cache": "cache",
+         "rescale_cache": "rescale"}
 
-__all__ = ["CacheFacts", "CacheReport", "CacheSettings", "CachedSamples", "build_cache"]
+__all__ = ["CacheFacts", "CacheReport", "CacheSettings", "CachedSamples", "build_cache",
+           "rescale_cache"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ...checkpoint.read import read_checkpoint
 from ...checkpoint.write import write_checkpoint
 from ...config import LATENT_SCALE, Variant
 from ...extras import require
+from ...vae import DOWNSCALE, LATENT_CHANNELS
 from ...vae_layout import taesd_state_dict, tiny_state_dict
 from ..draws import Draws
 from ..ema import averaged_copy, update_average, warmed_decay
@@ -29,6 +31,9 @@ class VAESettings(RunSettings):
     variant: the models it is for, alpha or sigma; says the scale that hosts apply to its latents.
     vae: a TAESD to train further, in place of random weights.
     moments: weight of the penalty that keeps latents at mean 0 and deviation 1.
+    latent_noise: the decoder reads latents with noise of up to this deviation, drawn anew for
+        every picture, so that what a model gets slightly wrong still decodes; 0 for none. Wants
+        `moments` of 0.1, or latents grow out of the noise.
     ema_decay: of the average of the weights that the run hands out; null for none.
     """
 
@@ -37,7 +42,14 @@ class VAESettings(RunSettings):
     variant: Variant = "alpha"
     vae: Path | None = None
     moments: float = 0.01
+    latent_noise: float = 0.0
     ema_decay: float | None = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("moments", "latent_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
 
 
 class Autoencoder(nn.Module):
@@ -49,11 +61,13 @@ class Autoencoder(nn.Module):
         # channels last: a fifth faster on the CPU, and what tensor cores want
         self.network = diffusers.AutoencoderTiny().to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) in 0..1 -> pictures of the same range, and latents."""
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) in 0..1 -> pictures of the same range, and latents; `noise`
+        (B, 4, H/8, W/8) is added to what is decoded."""
         images = images.contiguous(memory_format=torch.channels_last)
         latents = self.network.encode(images * 2 - 1).latents
-        return self.network.decode(latents).sample / 2 + 0.5, latents
+        decoded = latents if noise is None else latents + noise
+        return self.network.decode(decoded).sample / 2 + 0.5, latents
 
 
 class VAE(Recipe):
@@ -77,12 +91,20 @@ class VAE(Recipe):
         self.average = averaged_copy(self.trained) if settings.ema_decay is not None else None
 
     def loss(self, trained: nn.Module, batch: Pictures, draws: Draws) -> Losses:
-        images, latents = trained(batch.images)
+        images, latents = trained(batch.images, self._noise(batch.images, draws))
         error = (images - batch.images).abs().mean()
         channels = latents.float().transpose(0, 1).flatten(1)  # (4, everything else)
         moments = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
         return Losses(error + self.settings.moments * moments,
                       {"error": error, "moments": moments})
+
+    def _noise(self, images: Tensor, draws: Draws) -> Tensor | None:
+        if not self.settings.latent_noise:
+            return None
+        count, _, height, width = images.shape
+        shape = (count, LATENT_CHANNELS, height // DOWNSCALE, width // DOWNSCALE)
+        strength = self.settings.latent_noise * draws.uniform().to(images)
+        return strength.view(-1, 1, 1, 1) * draws.noise(images.new_empty(shape))
 
     def after_step(self, step: int) -> None:
         if self.average is not None:
