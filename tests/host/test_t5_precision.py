@@ -152,3 +152,14 @@ def engine_states(file, ids):
 
     model = build_encoder(file)
     return model(input_ids=torch.tensor(ids)).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("text_cache", [False, True])
+def test_the_loader_shows_what_runs_the_layers(host, text_cache):
+    """With the cache once a prompt needs them; ComfyUI computes T5 in float32."""
+    host.free()
+    graph = StarterGraph()
+    graph.clip = graph.add("PixArtT5Loader", t5_name=T5, precision="int4", text_cache=text_cache)
+    save(graph, graph.encode(f"{PROMPT}, shown {text_cache}"), "shown")
+    shown = [text for node, text in host.run(graph).progress_text if node == graph.clip.id]
+    assert any("layers in awq_w4a16: unpacked" in text and "float32" in text for text in shown)
