@@ -84,6 +84,9 @@ class PixArtConfig:
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size is {self.hidden_size}; the 2-D position table needs a "
                              "multiple of 4")
+        if self.micro_conditioning and self.hidden_size % 3:
+            raise ValueError(f"hidden_size is {self.hidden_size}; size conditioning joins three "
+                             "thirds of it: use a multiple of 12, or micro_conditioning false")
         if self.kv_compression and max(self.kv_compression.layers, default=0) >= self.depth:
             raise ValueError(f"kv_compression layers {self.kv_compression.layers} go past the last "
                              f"block, {self.depth - 1}")

@@ -111,7 +111,8 @@ def _hand_out(source: Path, target: Path) -> Path:
         checkpoint = read_checkpoint(source, keep_packed=True)
         tensors = file_tensors(checkpoint.packed)
         tensors.update((name, _halved(name, tensor))
-                       for name, tensor in checkpoint.state_dict.items())
+                       for name, tensor in checkpoint.state_dict.items()
+                       if name not in checkpoint.packed)
         write_checkpoint(target, tensors, checkpoint.metadata)
     else:
         shutil.copyfile(source, target)

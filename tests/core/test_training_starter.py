@@ -15,11 +15,8 @@ from pixart_core.training.data import CachedSamples, rescale, rescale_cache
 from pixart_core.training.recipes import RECIPES
 from pixart_core.training.starter import FILE, make_starter, read_family
 
-TINY = {"base64": {"steps": 2, "batch_size": 2}, "base": {"steps": 2, "batch_size": 2},
-        "vae": {"steps": 2, "crop": 16, "batch_size": 1}, "lcm": {"steps": 1, "batch_size": 2},
-        "controlnet": {"steps": 2, "batch_size": 2, "depth": 1}, "hed": {"steps": 1,
-                                                                       "batch_size": 2},
-        "text": {"steps": 1, "batch_size": 4, "layers": 1}, "sigma": {"steps": 1, "batch_size": 2}}
+TINY = {"vae": {"crop": 16, "batch_size": 1}, "lcm": {"steps": 1}, "controlnet": {"depth": 1},
+        "hed": {"steps": 1}, "text": {"steps": 1, "batch_size": 4, "layers": 1}}  # by recipe
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +24,18 @@ def family(tmp_path_factory):
     """The package's own file of steps, each of them cut down to almost nothing."""
     entries = yaml.safe_load(FILE.read_text())
     for step in entries["steps"]:
-        step.update(TINY.get(step["name"], {}))
+        if step["do"] in RECIPES:
+            step.update({"steps": 2, "batch_size": 2, "sample_every": 0} | TINY.get(step["do"], {}))
         if step["do"] == "scenes":
             step.update(count=6, image_size=64)
         if step["do"] == "cache":
             step["image_size"] = 64
         if "model" in step and isinstance(step["model"], dict):
-            step["model"].update(depth=3, hidden_size=192, num_heads=4, mlp_hidden_size=64)
+            step["model"].update(depth=2, hidden_size=192, num_heads=4, mlp_hidden_size=64)
         if "kv_compression" in step:
-            step["kv_compression"]["layers"] = [2]
+            step["kv_compression"]["layers"] = [1]
         if step["do"] == "svdquant":
             step.update(image_size=64, count=2, rows=64)
-        if step["do"] in RECIPES:
-            step.update(sample_every=0)
     path = tmp_path_factory.mktemp("family") / "tiny.yaml"
     path.write_text(yaml.safe_dump(entries, sort_keys=False))
     return path
@@ -79,7 +75,7 @@ def test_its_members_draw_together(made):
 def test_sigma_trains_on_the_same_latents(made):
     """Protects an hour of encoding: the same rows under the other factor, captions untouched."""
     work = made[1]
-    first, second = (CachedSamples(work / name) for name in ("cache", "sigma-cache"))
+    first, second = (CachedSamples(work / name) for name in ("robust-cache", "sigma-cache"))
     assert (second.facts.variant, second.facts.latent_scale) == ("sigma", 0.13025)
     one, other = first.preview(4), second.preview(4)
     assert one.latents.std() > 0.01
@@ -91,7 +87,7 @@ def test_sigma_trains_on_the_same_latents(made):
 
 def test_a_rescaled_cache_is_not_mistaken_for_another(made):
     """Protects a finished cache from a call for another variant, and from an unknown one."""
-    source, out = made[1] / "cache", made[1] / "sigma-cache"
+    source, out = made[1] / "robust-cache", made[1] / "sigma-cache"
     with pytest.raises(ValueError, match=r"another cache \(variant is sigma, now alpha\)"):
         rescale_cache(source, out, "alpha")
     with pytest.raises(ValueError, match="variant is 'omega'; use one of"):
@@ -118,7 +114,7 @@ def test_the_sigma_member_is_of_its_own_kind(made):
     """Protects what makes it a Sigma: compression and no size conditioning."""
     model = pc.load_transformer(made[0] / "diffusion_models" / "pixart_starter_sigma.safetensors")
     assert model.config.variant == "sigma" and not model.config.micro_conditioning
-    assert model.config.kv_compression.layers == (2,)
+    assert model.config.kv_compression.layers == (1,)
 
 
 def test_the_student_in_four_bits_is_the_student(made):

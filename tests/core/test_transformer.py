@@ -175,3 +175,13 @@ def test_tokens_are_contiguous_from_the_start():
     """Sums keep the order of their first term: else every LayerNorm of every block copies."""
     tokens, _ = build().embed_latent(inputs()[0])
     assert tokens.is_contiguous()
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"hidden_size": 62, "num_heads": 2}, "hidden_size is 62; the 2-D position table"),
+    ({"hidden_size": 64, "num_heads": 2, "micro_conditioning": True}, "a multiple of 12"),
+])
+def test_widths_that_cannot_be_are_named_with_the_config(fields, message):
+    """Protects from a tensor error in the first step: thirds of 64 do not join to 64."""
+    with pytest.raises(ValueError, match=message):
+        pc.PixArtConfig(**{**SMALL, **fields})
