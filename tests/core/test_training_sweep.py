@@ -136,7 +136,7 @@ def test_a_write_that_fails_leaves_the_old_chart(tmp_path, monkeypatch) -> None:
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_evaluate.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         train_evaluate._plot(tmp_path / "sweep.png", ROWS, LIMITS)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("sweep.png", b"old")]

@@ -290,9 +290,9 @@ class _Run:
         if name not in self._loaded:
             given = getattr(self, f"_{name}")
             ready = isinstance(given, T5TextEncoder | VAE | nn.Module)
-            self._loaded[name] = given if ready else given()
-            if name == "vae" and not ready and self._on_cpu():
-                self._loaded[name].network.to(memory_format=torch.channels_last)
+            module = self._loaded[name] = given if ready else given()
+            if isinstance(module, VAE) and not ready and self._on_cpu():
+                module.network.to(memory_format=torch.channels_last)
         return self._loaded[name]
 
     def _on_cpu(self) -> bool:
