@@ -28,7 +28,7 @@ from pixart_core.training.evaluate import (
     held_out_prompts,
     report,
 )
-from pixart_core.training.scenes import SceneSettings, captions, draw_scene
+from pixart_core.training.scenes import SceneSettings, draw_scene, full_caption
 
 from .measure import MIB, command, machine, table, versions
 
@@ -87,7 +87,7 @@ def _quantize(label: str, starter: Starter, source: Path, target: Path, folder: 
     if "svdquant" in label:
         words = folder / "captions.txt"
         scenes = [draw_scene(7, i, SceneSettings(starter.image_size)) for i in range(16)]
-        words.write_text("\n".join(captions(s, 7, i, 1)[0].text for i, s in enumerate(scenes)))
+        words.write_text("\n".join(full_caption(s, 7, i) for i, s in enumerate(scenes)))
         arguments = [*arguments, "--t5", str(starter.t5_file), "--prompts", str(words),
                      "--count", str(len(scenes))]
     if app(["quantize", str(source), str(target), *arguments], standalone_mode=False):

@@ -79,7 +79,7 @@ def _svdquant(out: Path, settings: dict[str, Any]) -> None:
     from ..quantize.network import open_network, write_network
     from ..quantize.work import WorkFolder
     from ..settings import Settings
-    from .scenes import SceneSettings, captions, draw_scenes
+    from .scenes import SceneSettings, draw_scenes, full_caption
 
     source, target = Path(settings["source"]), out / Path(settings["source"]).name
     if target.exists():
@@ -88,7 +88,7 @@ def _svdquant(out: Path, settings: dict[str, Any]) -> None:
     size, count, seed, rows = (int(settings[name])
                                for name in ("image_size", "count", "seed", "rows"))
     scenes = draw_scenes(_CALIBRATION_SEED, range(count), SceneSettings(size))
-    prompts = [captions(scene, _CALIBRATION_SEED, number, 1)[0].text
+    prompts = [full_caption(scene, _CALIBRATION_SEED, number)
                for number, scene in enumerate(scenes)]
     network = open_network(source, "pixart", {})
     names = network.layers(METHODS["svdquant"])
