@@ -17,6 +17,7 @@ import pixart_core as pc
 from pixart_core.config import PRESETS
 from pixart_core.training.batch import Batch, NullCaption
 from pixart_core.training.loop import Progress, train
+from pixart_core.training.recipe import Recipe
 from pixart_core.training.recipes import RECIPES, recipe_settings
 
 from .measure import command, machine, table, versions
@@ -90,10 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        model = pc.PixArtTransformer(config, dtype=torch.bfloat16)
-        pc.write_checkpoint(path, model.state_dict(), {"pixart_config": config.to_json()})
-        parameters = sum(p.numel() for p in model.parameters())
-        del model
+        parameters = write_random_model(path, config)
         for name in arguments.recipes:
             for batch in arguments.batches:
                 rows.append(_row(name, batch, path, config, arguments, Path(folder)))
@@ -104,25 +102,39 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(("recipe", "batch", "images/s", "peak GB"), rows))
 
 
-def _row(name: str, batch: int, path: Path, config: pc.PixArtConfig,
-         arguments: argparse.Namespace, folder: Path) -> tuple[str, ...]:
+def write_random_model(path: Path, config: pc.PixArtConfig) -> int:
+    """Write a transformer of random bfloat16 weights; the number of its parameters."""
+    model = pc.PixArtTransformer(config, dtype=torch.bfloat16)
+    pc.write_checkpoint(path, model.state_dict(), {"pixart_config": config.to_json()})
+    return sum(p.numel() for p in model.parameters())
+
+
+def recipe_at_full_size(name: str, path: Path, config: pc.PixArtConfig, folder: Path, batch: int,
+                        size: int, *, steps: int, precision: str, checkpointing: bool) -> Recipe:
+    """A recipe over random samples of `size` px, from the model at `path`."""
     source = "teacher" if name.startswith("lcm") else "model"
     out = folder / f"{name}-{batch}"
     depth = {"depth": min(13, config.depth - 1)} if name == "controlnet" else {}
     settings = recipe_settings(name, {
-        "out": out, "data": out, source: path, "batch_size": batch,
-        "steps": arguments.steps + 1,
-        "gradient_accumulation": 1, "precision": arguments.precision, "log_every": 1,
-        "sample_every": 0, "save_every": arguments.steps + 1,
-        "gradient_checkpointing": not arguments.no_checkpointing, **depth})
-    samples = RandomSamples(arguments.size, config.max_tokens, config.caption_channels,
+        "out": out, "data": out, source: path, "batch_size": batch, "steps": steps,
+        "gradient_accumulation": 1, "precision": precision, "log_every": 1,
+        "sample_every": 0, "save_every": steps, "gradient_checkpointing": checkpointing, **depth})
+    samples = RandomSamples(size, config.max_tokens, config.caption_channels,
                             name == "controlnet")
+    return RECIPES[name][0](settings, samples)
+
+
+def _row(name: str, batch: int, path: Path, config: pc.PixArtConfig,
+         arguments: argparse.Namespace, folder: Path) -> tuple[str, ...]:
+    recipe = recipe_at_full_size(name, path, config, folder, batch, arguments.size,
+                                 steps=arguments.steps + 1, precision=arguments.precision,
+                                 checkpointing=not arguments.no_checkpointing)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     rates = Rates(arguments.steps)
     try:
-        train(RECIPES[name][0](settings, samples), rates)
+        train(recipe, rates)
     except EnoughError:
         pass
     except torch.OutOfMemoryError:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -104,7 +105,7 @@ def train(recipe: Recipe, listener: Listener | None = None) -> Outcome:
     optimizer = make_optimizer(settings, recipe.parameter_groups())
     for module in [*recipe.modules().values(), *recipe.frozen(), recipe.trained]:
         module.to(accelerator.device)
-    _prepare_modules(recipe)
+    prepare_modules(recipe)
     state = _resume(recipe, optimizer, accelerator, listener)
     trained, prepared = accelerator.prepare(recipe.trained, optimizer)
     accumulation, done = settings.gradient_accumulation, state.step
@@ -171,10 +172,13 @@ def _accelerator(settings: RunSettings) -> Any:
     accelerate = require("accelerate", "training", extra="train")
     # its state outlives a run; another run of this process may want another precision
     accelerate.state.AcceleratorState._reset_state()
-    return accelerate.Accelerator(mixed_precision=settings.precision)
+    # without a GPU it would take each process of torchrun for the only one
+    on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    return accelerate.Accelerator(mixed_precision=settings.precision, cpu=on_cpu)
 
 
-def _prepare_modules(recipe: Recipe) -> None:
+def prepare_modules(recipe: Recipe) -> None:
+    """Give the modules of `recipe` what its settings of precision and checkpointing ask for."""
     modules = [*recipe.modules().values(), *recipe.frozen(), recipe.trained]
     if recipe.settings.precision != "no":
         models = {id(m): m for module in modules for m in module.modules()

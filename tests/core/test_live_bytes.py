@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+import pixart_core as pc
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.small_memory import META, placeholder, text_phase
+from benchmarks.training import recipe_at_full_size, write_random_model
+from benchmarks.training_bytes import count
 from benchmarks.workspaces import CUBLAS
 from pixart_core.text.t5_file import T5Config
 
@@ -89,3 +92,26 @@ def test_t5_computes_in_float32_as_the_host_does(precision, numbers):
     phase = text_phase(precision, 2, config)
     largest = 4 * 256 * 2048
     assert numbers * largest < phase.rest < (numbers + 0.1) * largest
+
+
+@pytest.mark.parametrize("name", ["lcm", "controlnet"])
+def test_a_training_step_holds_weights_and_the_optimisers_state(name, tmp_path):
+    """Protects the counted bytes of training: after a step there are the weights and two numbers
+    for each that is trained, and checkpointing lowers the peak between."""
+    config = pc.PRESETS["alpha-256"].replace(hidden_size=96, num_heads=4, depth=3,
+                                             mlp_hidden_size=192, caption_channels=32)
+    path = tmp_path / "model.safetensors"
+    write_random_model(path, config)
+    held = []
+    for checkpointing in (True, False):
+        recipe = recipe_at_full_size(name, path, config, tmp_path, 4, 256, steps=2,
+                                     precision="bf16", checkpointing=checkpointing)
+        trained = sum(p.nbytes for p in recipe.trained.parameters() if p.requires_grad)
+        frozen = sum(p.nbytes for m in recipe.frozen() for p in m.parameters())
+        held.append(count(recipe))
+        assert held[-1].weights >= trained + frozen
+        # beside the state: one step counter for each tensor
+        assert 2 * trained <= held[-1].after - held[-1].weights < 2.1 * trained
+        assert next(recipe.trained.parameters()).device.type == "cpu"
+    assert held[0].peak < 0.9 * held[1].peak
+    assert held[0].peak > held[0].after + trained  # gradients are there before the state is used

@@ -94,7 +94,7 @@ def _run(script, port):
     for rank in range(2):
         env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
                             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+                            "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
         started.append(subprocess.Popen([sys.executable, "-c", script], env=env,
                                         stderr=subprocess.PIPE, text=True))
     for process in started:

@@ -1,0 +1,138 @@
+"""What a training step at full size holds in memory, counted without a card.
+
+`python -m benchmarks.training_bytes` runs two steps of a recipe on tensors that have shapes and no
+content (PyTorch's fake tensors) under bfloat16 autocast and counts the bytes of all that is alive:
+weights, gradients, the optimiser's state, activations. LCM at batch 12 with gradient checkpointing
+is PixArt-delta's own setting (arXiv 2401.05252, table 1: about 32 GB). On a card, add what CUDA
+itself takes and the allocator's rounding; `python -m benchmarks.training` measures there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+import pixart_core as pc
+from pixart_core.config import PRESETS
+from pixart_core.training.draws import Draws
+from pixart_core.training.loop import prepare_modules
+from pixart_core.training.optimizers import make_optimizer
+from pixart_core.training.recipe import Recipe
+
+from .live_bytes import LiveBytes, fused_attention, weight_bytes
+from .measure import command, table, versions
+from .training import RECIPES_RUN, recipe_at_full_size, write_random_model
+
+GB = 1e9
+
+
+class Held(NamedTuple):
+    """Bytes: weights of all modules; what was still there after a step; the most at a time."""
+
+    weights: int
+    after: int
+    peak: int
+
+    def row(self) -> list[str]:
+        return [f"{n / GB:.2f}" for n in (self.weights, self.after, self.peak)]
+
+
+class FusedAttention(torch.autograd.Function):
+    """What fused kernels keep and allocate: the output and a float32 for each query; backwards the
+    three gradients and, as flash attention does, a float32 copy of the queries' gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = fused_attention(q, k, v, None)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, _ = ctx.saved_tensors
+        accumulated = torch.empty_like(q, dtype=torch.float32)
+        gradients = torch.empty_like(k), torch.empty_like(v)
+        return accumulated.to(q.dtype), *gradients
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The attention function of a counted model."""
+    return FusedAttention.apply(q, k, v)
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Count, print and return the report."""
+    options = _arguments().parse_args(argv)
+    config = PRESETS[options.preset]
+    if options.depth:
+        config = config.replace(depth=options.depth)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        write_random_model(path, config)
+        for name in options.recipes:
+            for batch in options.batches:
+                recipe = recipe_at_full_size(
+                    name, path, config, Path(folder), batch, options.size, steps=2,
+                    precision="bf16", checkpointing=not options.no_checkpointing)
+                rows.append([name, str(batch), *count(recipe).row()])
+    report = "\n".join([
+        f"Counted, not timed; {versions()}.\n", f"Command: `{command()}`\n",
+        f"{options.preset}, {config.depth} blocks, {options.size} px, bf16 autocast, gradient "
+        f"checkpointing {'off' if options.no_checkpointing else 'on'}\n",
+        table(["recipe", "batch", "weights, GB", "after a step, GB", "peak, GB"], rows)])
+    print(report)
+    return report
+
+
+def count(recipe: Recipe, steps: int = 2) -> Held:
+    """What `steps` optimiser steps of `recipe` hold; its own weights are not touched."""
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        recipe = copy.deepcopy(recipe)
+    modules = [*recipe.modules().values(), *recipe.frozen(), recipe.trained]
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, pc.PixArtTransformer):
+                part.attention = fused
+    prepare_modules(recipe)
+    settings, counter = recipe.settings, LiveBytes()
+    with fake, counter:
+        optimizer = make_optimizer(settings, recipe.parameter_groups())
+        for step in range(steps):
+            batch = recipe.samples.batch(step, settings.batch_size)
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = recipe.loss(recipe.trained, batch, Draws(settings.seed, batch.numbers))
+            losses.total.backward()
+            if settings.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(recipe.trained.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            recipe.after_step(step)
+            del batch, losses
+        after = counter.now
+    weights = weight_bytes(*modules)
+    return Held(weights, weights + after, weights + counter.peak)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES_RUN), choices=RECIPES_RUN)
+    parser.add_argument("--batches", nargs="+", type=int, default=[12])
+    parser.add_argument("--size", type=int, default=1024, help="pixels")
+    parser.add_argument("--preset", default="alpha-1024", choices=PRESETS)
+    parser.add_argument("--depth", type=int, help="fewer blocks, for a first try")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
