@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import pixart_core as pc
 from pixart_core.commands.train_run import _ABOUT
@@ -14,6 +15,7 @@ from pixart_core.training.loop import train
 from pixart_core.training.pictures import PictureSamples
 from pixart_core.training.readings import IGNORED, QUESTIONS, SceneReadings, answers
 from pixart_core.training.recipes import RECIPES, recipe_defaults, recipe_settings
+from pixart_core.training.recipes.vae import anchor_of
 from pixart_core.training.scenes import SceneSettings, captions, draw_scene
 from pixart_core.training.spiece import train_spiece
 from pixart_core.vae import load_vae
@@ -102,7 +104,46 @@ def test_latent_noise_reaches_the_decoder_and_nothing_else(folder, tmp_path):
     assert not torch.equal(plain["error"], first["error"])
 
 
-@pytest.mark.parametrize("name", ["latent_noise", "moments"])
+def test_the_anchor_is_a_small_picture():
+    """Protects what latents are pulled to: colours where they are, edges between the cells too."""
+    images = torch.zeros(1, 3, 16, 24)
+    images[:, 0, :, 12:] = 1.0  # red from the middle of the second cell
+    red, green, blue, light = anchor_of(images)[0]
+    assert torch.allclose(red, 1.5 * torch.tensor([-1.0, 0.0, 1.0]).expand(2, 3))
+    assert torch.equal(green, torch.full((2, 3), -1.5)) and torch.equal(blue, green)
+    on, off = 1.5 * (2 * 0.299 - 1), -1.5
+    assert torch.allclose(light, torch.tensor([off, on, on]).expand(2, 3))
+
+
+def test_an_anchored_vae_has_latents_that_follow_the_picture(folder, tmp_path):
+    """Protects the anchor's pull: the same steps with it end nearer to the small picture."""
+    distances = []
+    for anchor in (0.0, 10.0):
+        outcome = run("vae", tmp_path / str(anchor), data=folder, crop=16, steps=12, anchor=anchor,
+                      learning_rate=1e-3, warmup_steps=0, ema_decay=None)[1]
+        images = PictureSamples(folder, 16).batch(0, 4).images
+        latents = load_vae(outcome.files[0], "alpha").encode(images)
+        distances.append((latents - anchor_of(images)).square().mean())
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_a_decoder_trains_alone(folder, tmp_path):
+    """Protects caches and models of a VAE: its encoder stays bit by bit, its decoder does not."""
+    first = run("vae", tmp_path / "a", data=folder, crop=16, steps=1)[1].files[0]
+    second = run("vae", tmp_path / "b", data=folder, crop=16, steps=3, vae=first,
+                 learning_rate=1e-3, warmup_steps=0, decoder_only=True)[1].files[0]
+    before, after = (load_file(path) for path in (first, second))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if "encoder" in name} <= same
+    assert not any("decoder" in name and name.endswith("weight") for name in same)
+
+
+def test_a_decoder_alone_wants_an_encoder(folder, tmp_path):
+    with pytest.raises(ValueError, match="decoder_only is true without a vae"):
+        recipe_settings("vae", {"out": tmp_path, "data": folder, "decoder_only": True})
+
+
+@pytest.mark.parametrize("name", ["latent_noise", "moments", "anchor"])
 def test_strengths_below_zero_are_refused(name, folder, tmp_path):
     with pytest.raises(ValueError, match=f"{name} is -0.1; use 0 or more"):
         recipe_settings("vae", {"out": tmp_path, "data": folder, name: -0.1})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoint.read import read_checkpoint
@@ -34,6 +35,11 @@ class VAESettings(RunSettings):
     latent_noise: the decoder reads latents with noise of up to this deviation, drawn anew for
         every picture, so that what a model gets slightly wrong still decodes; 0 for none. Wants
         `moments` of 0.1, or latents grow out of the noise.
+    anchor: weight of the squared distance between the latents and `anchor_of` the picture. Latents
+        that follow the picture are learnt quickly by small models: free ones carry edges in codes
+        as wild as noise. 0 for free latents.
+    decoder_only: leave the encoder of `vae` as it is, so that caches and models made with it stay
+        good.
     ema_decay: of the average of the weights that the run hands out; null for none.
     """
 
@@ -43,13 +49,35 @@ class VAESettings(RunSettings):
     vae: Path | None = None
     moments: float = 0.01
     latent_noise: float = 0.0
+    anchor: float = 0.0
+    decoder_only: bool = False
     ema_decay: float | None = 0.999
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("moments", "latent_noise"):
+        for name in ("moments", "latent_noise", "anchor"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
+        if self.decoder_only and self.vae is None:
+            raise ValueError("decoder_only is true without a vae; name the file whose "
+                             "encoder is to stay")
+
+
+_GAIN = 1.5  # brings plain colours in -1..1 to about unit deviation
+_LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+
+
+def anchor_of(images: Tensor) -> Tensor:
+    """The smallest picture of `images` (B, 3, H, W) in 0..1 that latents (B, 4, H/8, W/8) can be.
+
+    Red, green and blue in -1..1, averaged over each 8 x 8 px, and the brightness averaged over
+    windows half of that further down and to the right; times 1.5.
+    """
+    signed = (images * 2 - 1) * _GAIN
+    luma = torch.einsum("bchw,c->bhw", signed, signed.new_tensor(_LUMA))[:, None]
+    half = DOWNSCALE // 2
+    between = F.pad(luma, (0, half, 0, half), mode="replicate")[:, :, half:, half:]
+    return torch.cat([F.avg_pool2d(signed, DOWNSCALE), F.avg_pool2d(between, DOWNSCALE)], 1)
 
 
 class Autoencoder(nn.Module):
@@ -88,6 +116,7 @@ class VAE(Recipe):
                 raise ValueError(f"vae is {settings.vae}, which holds no whole VAE of TAESD's "
                                  "architecture; name one of `pixart train vae`, or leave it out")
             self.trained.network.load_state_dict({n: t.float() for n, t in tensors.items()})
+        self.trained.network.encoder.requires_grad_(not settings.decoder_only)
         self.average = averaged_copy(self.trained) if settings.ema_decay is not None else None
 
     def loss(self, trained: nn.Module, batch: Pictures, draws: Draws) -> Losses:
@@ -95,8 +124,12 @@ class VAE(Recipe):
         error = (images - batch.images).abs().mean()
         channels = latents.float().transpose(0, 1).flatten(1)  # (4, everything else)
         moments = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
-        return Losses(error + self.settings.moments * moments,
-                      {"error": error, "moments": moments})
+        parts = {"error": error, "moments": moments}
+        total = error + self.settings.moments * moments
+        if self.settings.anchor:
+            parts["anchor"] = (latents.float() - anchor_of(batch.images)).square().mean()
+            total = total + self.settings.anchor * parts["anchor"]
+        return Losses(total, parts)
 
     def _noise(self, images: Tensor, draws: Draws) -> Tensor | None:
         if not self.settings.latent_noise:
