@@ -56,6 +56,9 @@ def evaluate(
     ratios: Annotated[str, flag(help="Width to height, from 1:2 to 2:1: 1:1,5:3,3:5.")] = "1:1",
     corners: Annotated[float, flag(
         help="Share of the one-object scenes with the object in a corner.")] = 0.0,
+    spread: Annotated[float, flag(
+        help="How far places and sizes of renders and control hints stray from their middles, 0 "
+             "to 1, as in the scenes the model was trained on.")] = 1.0,
     steps: Annotated[int | None, flag(help="Sampling steps. [the sampler's own]")] = None,
     guidance: Annotated[float | None, flag(help="1 is none. [the sampler's own]")] = None,
     sampler: Annotated[str, flag(help="auto, dpm, sa-solver, lcm or dmd.")] = "auto",
@@ -120,9 +123,9 @@ def evaluate(
         chosen = listed(kinds)
         shares = {name: chosen.count(name) / len(chosen) for name in _KINDS}
         drawn = SceneSettings(image_size or 128, listed(ratios), shares["two"], shares["counts"],
-                              corners)
+                              corners, spread)
         result: dict[str, Any] = {"image_size": drawn.image_size, "ratios": drawn.ratios,
-                                  "kinds": chosen, "scene_seed": scene_seed}
+                                  "kinds": chosen, "spread": spread, "scene_seed": scene_seed}
         if judged:
             result["judge"] = _judge(judged, drawn, scene_seed)
         if pipeline is not None:

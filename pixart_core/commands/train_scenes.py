@@ -25,6 +25,9 @@ def scenes(
     counts: Annotated[float, flag(help="Share of scenes of two or three equal objects.")] = 0.0,
     corners: Annotated[float, flag(
         help="Share of the one-object scenes with the object in a corner.")] = 0.0,
+    spread: Annotated[float, flag(
+        help="How far places and sizes stray from their middles: 0 not at all, 1 as far as their "
+             "words allow.")] = 1.0,
     split: Annotated[str, flag(
         help="train, held_out or all attribute combinations. The evaluation draws held_out ones."
     )] = "train",
@@ -39,7 +42,8 @@ def scenes(
         from ..training.scenes import ExportSettings, SceneSettings, export_scenes
 
         settings = ExportSettings(
-            count, seed, SceneSettings(image_size, listed(ratios), two, counts, corners), split,
+            count, seed, SceneSettings(image_size, listed(ratios), two, counts, corners,
+                                       spread), split,
             phrasings, outlines=edges)
         with progress_bars(errors, hidden=True) as progress:
             task = progress.add_task("pictures", total=count)

@@ -110,6 +110,35 @@ def test_pairs_and_counts_are_what_they_are_called() -> None:
             assert len({(o.color, o.shape, o.radius) for o in scene.objects}) == 1
 
 
+def test_spread_keeps_objects_near_their_middles() -> None:
+    """Protects the scenes small models learn from: a tenth of the spread is a tenth of the
+    distances, none leaves one picture for each wording, and all other draws are the same."""
+    drawn = {spread: draw_scenes(7, range(200), SceneSettings(spread=spread))
+             for spread in (0.0, 0.1, 1.0)}
+    assert [s.key for s in drawn[0.0]] == [s.key for s in drawn[1.0]]
+    for middle, near, far in zip(*drawn.values(), strict=True):
+        a, b, c = (scene.objects[0] for scene in (middle, near, far))
+        assert b.radius - a.radius == pytest.approx(0.1 * (c.radius - a.radius), abs=0.02)
+    places = {(s.place, s.objects[0].shape, s.objects[0].size): (s.objects[0].x, s.objects[0].y)
+              for s in drawn[0.0]}
+    assert all((s.objects[0].x, s.objects[0].y) == places[s.place, s.objects[0].shape,
+                                                          s.objects[0].size] for s in drawn[0.0])
+
+
+def test_a_set_from_before_there_was_a_spread_goes_on(tmp_path) -> None:
+    """Protects sets that are there: without the word they have the whole spread."""
+    export_scenes(tmp_path / "set", _export(4))
+    file = tmp_path / "set" / "scenes.json"
+    facts = json.loads(file.read_text())
+    del facts["scenes"]["spread"]
+    file.write_text(json.dumps(facts))
+    export_scenes(tmp_path / "set", _export(4))
+    settings = _export(4)
+    narrow = dataclasses.replace(settings.scenes, spread=0.5)
+    with pytest.raises(ValueError, match="another folder"):
+        export_scenes(tmp_path / "set", dataclasses.replace(settings, scenes=narrow))
+
+
 def test_picture_sizes_are_multiples_of_16_of_one_area() -> None:
     """Protects the aspect-ratio buckets."""
     assert [picture_size(128, r) for r in ("1:1", "5:3", "3:5")] == [
@@ -122,6 +151,7 @@ def test_picture_sizes_are_multiples_of_16_of_one_area() -> None:
 @pytest.mark.parametrize(("change", "word"), [
     ({"ratios": ("9:1",)}, "9:1"), ({"ratios": ("wide",)}, "wide"), ({"image_size": 100}, "100"),
     ({"two": 0.7, "counts": 0.5}, "together"), ({"corners": 2.0}, "corners"),
+    ({"spread": -0.1}, "spread"),
     ({"ratios": ()}, "no ratios"),
 ])
 def test_settings_that_cannot_be_drawn_are_named(change: dict, word: str) -> None:

@@ -39,6 +39,8 @@ class SceneSettings:
         two, counts: shares of scenes of two objects and of two or three equal ones; the rest is
             one object.
         corners: share of the one-object scenes whose object is in a corner.
+        spread: how far places and sizes stray from their middles, from 0 for not at all to 1 for
+            all that their words allow. Small models learn shapes sooner where it is small.
     """
 
     image_size: int = 128
@@ -46,13 +48,14 @@ class SceneSettings:
     two: float = 0.0
     counts: float = 0.0
     corners: float = 0.0
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.ratios:
             raise ValueError("no ratios were given; \"1:1\" is square pictures")
         for ratio in self.ratios:
             picture_size(self.image_size, ratio)
-        for name in ("two", "counts", "corners"):
+        for name in ("two", "counts", "corners", "spread"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a share from 0 to 1")
         if self.two + self.counts > 1:
@@ -82,14 +85,19 @@ def picture_size(image_size: int, ratio: str) -> tuple[int, int]:
 class Dice:
     """Draws out of `random()` alone, the one method whose numbers Python promises to keep."""
 
-    def __init__(self, *seeds: int) -> None:
+    def __init__(self, *seeds: int, spread: float = 1.0) -> None:
         self._random = random.Random(mix_seed(*seeds)).random
+        self._spread = spread
 
     def chance(self, share: float) -> bool:
         return self._random() < share
 
     def uniform(self, low: float, high: float) -> float:
         return low + (high - low) * self._random()
+
+    def near(self, low: float, high: float) -> float:
+        """As far around the middle of low and high as `spread` says."""
+        return low + (high - low) * (0.5 + self._spread * (self._random() - 0.5))
 
     def choice(self, items: Sequence[_T]) -> _T:
         return items[int(self._random() * len(items))]
@@ -105,7 +113,7 @@ def draw_scene(seed: int, number: int, settings: SceneSettings | None = None,
     settings = settings or SceneSettings()
     if split not in ("train", "held_out", "all"):
         raise ValueError(f"split is {split!r}; use train, held_out or all")
-    dice = Dice(seed, number)
+    dice = Dice(seed, number, spread=settings.spread)
     width, height = picture_size(settings.image_size, dice.choice(settings.ratios))
     kind = dice.uniform(0, 1)
     while True:
@@ -139,7 +147,7 @@ def _one(dice: Dice, width: int, height: int, corner: bool) -> Scene:
     length = math.sqrt(width * height)
     background, others = _colors(dice)
     color, shape, size = dice.choice(others), dice.choice(SHAPES), dice.choice(SIZES)
-    radius = dice.uniform(*(SMALL if size == "small" else LARGE_ALONE)) * length
+    radius = dice.near(*(SMALL if size == "small" else LARGE_ALONE)) * length
     rooms = [side / 2 - extent * radius - MARGIN * length
              for side, extent in zip((width, height), EXTENTS[shape], strict=True)]
     across, upright = (room >= AWAY * length for room in rooms)
@@ -153,10 +161,10 @@ def _one(dice: Dice, width: int, height: int, corner: bool) -> Scene:
     for room, (before, after) in zip(rooms, (("left", "right"), ("top", "bottom")), strict=True):
         words = place.split()
         if before in words or after in words:
-            offset = dice.uniform(AWAY * length, room)
+            offset = dice.near(AWAY * length, room)
             offsets.append(-offset if before in words else offset)
         else:
-            offsets.append(dice.uniform(-jitter, jitter) * length)
+            offsets.append(dice.near(-jitter, jitter) * length)
     thing = _object(color, shape, size, width / 2 + offsets[0], height / 2 + offsets[1], radius)
     return Scene(width, height, "one", background, (thing,), place=place)
 
@@ -166,7 +174,7 @@ def _two(dice: Dice, width: int, height: int) -> Scene:
     background, others = _colors(dice)
     while True:
         what = [(dice.choice(others), dice.choice(SHAPES), dice.choice(SIZES)) for _ in range(2)]
-        radii = [dice.uniform(*(SMALL if size == "small" else LARGE_BESIDE)) * length
+        radii = [dice.near(*(SMALL if size == "small" else LARGE_BESIDE)) * length
                  for _, _, size in what]
         # room left on either axis when both stand beside each other, or below
         free = [side - (GAP + 2 * MARGIN) * length
@@ -179,13 +187,13 @@ def _two(dice: Dice, width: int, height: int) -> Scene:
     relation = dice.choice(relations)
     axis = int(relation in ("above", "below"))
     order = (0, 1) if relation in ("left", "above") else (1, 0)
-    start = MARGIN * length + dice.uniform(0, free[axis] / 2)
-    gap = GAP * length + dice.uniform(0, free[axis] / 2)
+    start = MARGIN * length + dice.near(0, free[axis] / 2)
+    gap = GAP * length + dice.near(0, free[axis] / 2)
     places: dict[int, tuple[float, float]] = {}
     for i in order:
         extent = EXTENTS[what[i][1]][axis] * radii[i]
         side = (height, width)[axis]
-        along, across = start + extent, side / 2 + dice.uniform(-1, 1) * _ACROSS_JITTER * length
+        along, across = start + extent, side / 2 + dice.near(-1, 1) * _ACROSS_JITTER * length
         places[i] = (along, across) if axis == 0 else (across, along)
         start += 2 * extent + gap
     objects = tuple(_object(*what[i], *places[i], radii[i]) for i in (0, 1))
@@ -196,7 +204,7 @@ def _count(dice: Dice, width: int, height: int) -> Scene:
     length = math.sqrt(width * height)
     background, others = _colors(dice)
     color, shape, number = dice.choice(others), dice.choice(SHAPES), dice.choice((2, 3))
-    radius = dice.uniform(*SMALL) * length
+    radius = dice.near(*SMALL) * length
     half = [extent * radius for extent in EXTENTS[shape]]
     edge = [h + MARGIN * length for h in half]
     while True:

@@ -95,9 +95,11 @@ def export_scenes(out: str | Path, settings: ExportSettings,
 
 
 def _settings_of(out: Path) -> Any:
+    """What the set in `out` was made of; scenes from before there was a spread have all of it."""
     try:
-        return json.loads((out / "scenes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
+        return {**found, "scenes": {"spread": SceneSettings().spread, **found["scenes"]}}
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
