@@ -32,7 +32,7 @@ def make_optimizer(settings: RunSettings, groups: Iterable[dict[str, Any]],
         return came.CAME(groups, lr=rate, betas=(*settings.betas, 0.9999), eps=(1e-30, 1e-16),
                          weight_decay=decay)
     return torch.optim.AdamW(groups, lr=rate, betas=settings.betas, eps=settings.eps,
-                             weight_decay=decay, fused=True)
+                             weight_decay=decay)
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:

@@ -16,7 +16,6 @@ from ...vae import VAE
 
 TOKENS_PER_PASS = 8192
 _KEPT_BYTES = 1 << 30
-_CPU_PIXELS = 1 << 16
 _TILE_ABOVE, _TILE = 2048, 1024  # HED sees larger pictures in tiles
 
 _Item = TypeVar("_Item")
@@ -100,13 +99,7 @@ def _passes(ids: dict[str, list[int]]) -> Iterator[list[str]]:
 
 def encode_pictures(vae: VAE, pictures: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Latents (B, 4, h, w) on the CPU of pictures (3, H, W), uint8 or float in 0..1."""
-    pixels = _unit(pictures, vae.device)
-    if pixels.device.type == "cpu":  # as many at a time as its caches hold
-        few = max(1, _CPU_PIXELS // (pixels.shape[-2] * pixels.shape[-1]))
-        latents = torch.cat([vae.encode(part) for part in pixels.split(few)])
-    else:
-        latents = vae.encode(pixels)
-    return stored(latents, dtype, "the VAE")
+    return stored(vae.encode(_unit(pictures, vae.device)), dtype, "the VAE")
 
 
 def find_edges(detector: nn.Module, pictures: Sequence[Tensor]) -> list[Tensor]:
