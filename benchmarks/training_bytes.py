@@ -94,7 +94,12 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 def count(recipe: Recipe, steps: int = 2) -> Held:
-    """What `steps` optimiser steps of `recipe` hold; its own weights are not touched."""
+    """What `steps` optimiser steps of `recipe` hold; its own weights are not touched.
+
+    Raises ValueError for fp16, whose loss scaler looks at numbers that are not there.
+    """
+    if recipe.settings.precision == "fp16":
+        raise ValueError("precision is fp16; steps are counted in bf16 or no")
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         recipe = copy.deepcopy(recipe)
@@ -109,7 +114,7 @@ def count(recipe: Recipe, steps: int = 2) -> Held:
         optimizer = make_optimizer(settings, recipe.parameter_groups())
         for step in range(steps):
             batch = recipe.samples.batch(step, settings.batch_size)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
                 losses = recipe.loss(recipe.trained, batch, Draws(settings.seed, batch.numbers))
             losses.total.backward()
             if settings.max_grad_norm is not None:

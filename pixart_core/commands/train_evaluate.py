@@ -125,7 +125,8 @@ def evaluate(
         drawn = SceneSettings(image_size or 128, listed(ratios), shares["two"], shares["counts"],
                               corners, spread)
         result: dict[str, Any] = {"image_size": drawn.image_size, "ratios": drawn.ratios,
-                                  "kinds": chosen, "spread": spread, "scene_seed": scene_seed}
+                                  "kinds": chosen, "corners": corners, "spread": spread,
+                                  "scene_seed": scene_seed}
         if judged:
             result["judge"] = _judge(judged, drawn, scene_seed)
         if pipeline is not None:

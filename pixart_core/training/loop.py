@@ -172,9 +172,12 @@ def _accelerator(settings: RunSettings) -> Any:
     accelerate = require("accelerate", "training", extra="train")
     # its state outlives a run; another run of this process may want another precision
     accelerate.state.AcceleratorState._reset_state()
-    # without a GPU it would take each process of torchrun for the only one
-    on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    return accelerate.Accelerator(mixed_precision=settings.precision, cpu=on_cpu)
+    accelerator = accelerate.Accelerator(mixed_precision=settings.precision)
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if accelerator.num_processes < started:  # without a GPU it looks past torchrun
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerator = accelerate.Accelerator(mixed_precision=settings.precision, cpu=True)
+    return accelerator
 
 
 def prepare_modules(recipe: Recipe) -> None:
@@ -205,7 +208,7 @@ def _resume(recipe: Recipe, optimizer: torch.optim.Optimizer, accelerator: Any,
     mine = json.loads(to_json(recipe.settings))
     theirs = _defaults(recipe.settings) | state.settings  # a run from before a setting existed
     changed = sorted(name for name in mine.keys() | theirs.keys()
-                     if name not in _FREE and mine.get(name) != theirs.get(name))
+                     if name not in _FREE - recipe.fixed and mine.get(name) != theirs.get(name))
     if changed:
         name = changed[0]
         raise ValueError(

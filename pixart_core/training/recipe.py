@@ -39,6 +39,7 @@ class Recipe(ABC):
     """
 
     name: ClassVar[str]
+    fixed: ClassVar[frozenset[str]] = frozenset()  # settings that only this recipe cannot change
     settings: RunSettings
     trained: nn.Module
     samples: Samples

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import pixart_core as pc
 from benchmarks.live_bytes import LiveBytes
@@ -112,6 +113,6 @@ def test_a_training_step_holds_weights_and_the_optimisers_state(name, tmp_path):
         assert held[-1].weights >= trained + frozen
         # beside the state: one step counter for each tensor
         assert 2 * trained <= held[-1].after - held[-1].weights < 2.1 * trained
-        assert next(recipe.trained.parameters()).device.type == "cpu"
+        assert not isinstance(next(recipe.trained.parameters()).data, FakeTensor)
     assert held[0].peak < 0.9 * held[1].peak
     assert held[0].peak > held[0].after + trained  # gradients are there before the state is used

@@ -115,14 +115,28 @@ def test_spread_keeps_objects_near_their_middles() -> None:
     distances, none leaves one picture for each wording, and all other draws are the same."""
     drawn = {spread: draw_scenes(7, range(200), SceneSettings(spread=spread))
              for spread in (0.0, 0.1, 1.0)}
-    assert [s.key for s in drawn[0.0]] == [s.key for s in drawn[1.0]]
+    assert [(s.key, s.place) for s in drawn[0.0]] == [(s.key, s.place) for s in drawn[1.0]]
     for middle, near, far in zip(*drawn.values(), strict=True):
         a, b, c = (scene.objects[0] for scene in (middle, near, far))
         assert b.radius - a.radius == pytest.approx(0.1 * (c.radius - a.radius), abs=0.02)
+        if a.shape in ("circle", "square"):  # the room of others depends on their radius
+            for axis in ("x", "y"):
+                moved = getattr(c, axis) - getattr(a, axis)
+                assert abs(getattr(b, axis) - getattr(a, axis)) <= 0.1 * abs(moved) + 0.5
     places = {(s.place, s.objects[0].shape, s.objects[0].size): (s.objects[0].x, s.objects[0].y)
               for s in drawn[0.0]}
     assert all((s.objects[0].x, s.objects[0].y) == places[s.place, s.objects[0].shape,
                                                           s.objects[0].size] for s in drawn[0.0])
+
+
+def test_spread_holds_pairs_near_too() -> None:
+    """Protects scenes of two: without a spread one relation of two kinds is one picture."""
+    places: dict[object, set[tuple[float, ...]]] = {}
+    for scene in draw_scenes(8, range(1500), SceneSettings(two=1.0, spread=0.0)):
+        kinds = tuple((o.shape, o.size) for o in scene.objects)
+        spots = tuple(v for o in scene.objects for v in (o.x, o.y, o.radius))
+        places.setdefault((scene.relation, kinds), set()).add(spots)
+    assert len(places) < 1200 and all(len(spots) == 1 for spots in places.values())
 
 
 def test_a_set_from_before_there_was_a_spread_goes_on(tmp_path) -> None:
@@ -320,11 +334,12 @@ def test_the_command_writes_a_set_and_refuses_another(tmp_path) -> None:
     """Protects `pixart train scenes`: its options reach the settings, errors are one line."""
     folder = str(tmp_path / "set")
     arguments = ["train", "scenes", folder, "--count", "6", "--image-size", "64", "--two", "0.5",
-                 "--ratios", "5:3,3:5", "--edges"]
+                 "--ratios", "5:3,3:5", "--edges", "--spread", "0.5"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     entries = [json.loads(line) for line in
                (tmp_path / "set" / "captions.jsonl").read_text().splitlines()]
+    assert json.loads((tmp_path / "set" / "scenes.json").read_text())["scenes"]["spread"] == 0.5
     assert {(e["scene"]["width"], e["scene"]["height"]) for e in entries} == {(80, 48), (48, 80)}
     assert all((tmp_path / "set" / e["control"]).is_file() for e in entries)
     again = CliRunner().invoke(app, [*arguments, "--seed", "1"])

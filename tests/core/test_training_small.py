@@ -138,9 +138,33 @@ def test_a_decoder_trains_alone(folder, tmp_path):
     assert not any("decoder" in name and name.endswith("weight") for name in same)
 
 
-def test_a_decoder_alone_wants_an_encoder(folder, tmp_path):
+def test_a_decoder_alone_wants_an_encoder_of_its_scale(folder, tmp_path):
+    """Protects caches: what would change latents under them is refused."""
+    alone = {"out": tmp_path, "data": folder, "crop": 16, "decoder_only": True}
     with pytest.raises(ValueError, match="decoder_only is true without a vae"):
-        recipe_settings("vae", {"out": tmp_path, "data": folder, "decoder_only": True})
+        recipe_settings("vae", alone)
+    with pytest.raises(ValueError, match=r"decoder_only is true and anchor 1\.0"):
+        recipe_settings("vae", alone | {"vae": tmp_path / "vae.safetensors", "anchor": 1.0})
+    file = run("vae", tmp_path / "a", data=folder, crop=16, steps=1)[1].files[0]
+    with pytest.raises(ValueError, match=r"latents of scale 0\.18215 and shift 0, and variant sigma"):
+        run("vae", **alone | {"vae": file, "variant": "sigma", "out": tmp_path / "b"})
+
+
+def test_a_vae_run_goes_on_exactly_and_from_the_same_file(folder, tmp_path):
+    """Protects resuming where weights are channels-last: losses as without the stop; another
+    file to start from is another run."""
+    files = [run("vae", tmp_path / str(seed), data=folder, crop=16, steps=1, seed=seed)[1].files[0]
+             for seed in (0, 1)]
+    same = {"data": folder, "crop": 16, "vae": files[0], "warmup_steps": 0, "schedule": "constant"}
+    whole = run("vae", tmp_path / "whole", steps=4, **same)[1].files[0]
+    run("vae", tmp_path / "parts", steps=2, **same)
+    parts = run("vae", tmp_path / "parts", steps=4, **same)[1].files[0]
+    assert [p["loss"] for p in read_curves(tmp_path / "whole")] == [
+        p["loss"] for p in read_curves(tmp_path / "parts")]
+    one, other = load_file(whole), load_file(parts)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="holds a run with other settings: vae is"):
+        run("vae", tmp_path / "parts", steps=5, **same | {"vae": files[1]})
 
 
 @pytest.mark.parametrize("name", ["latent_noise", "moments", "anchor"])

@@ -23,7 +23,7 @@ def rescale_cache(source: str | Path, out: str | Path, variant: Variant) -> Cach
     leaves no cache; one that is there is kept. Returns its index.
 
     Raises CheckpointError for a cache that is damaged or cannot be written, and ValueError for a
-    variant that there is not, or where `out` is a cache of other facts.
+    variant that there is not, or where `out` is a cache of other facts or of other rows.
     """
     source, out = Path(source), Path(out)
     if variant not in LATENT_SCALE:
@@ -37,6 +37,9 @@ def rescale_cache(source: str | Path, out: str | Path, variant: Variant) -> Cach
         if differences:
             raise ValueError(f"{out} is another cache ({differences[0]}); delete it, or name "
                              "another folder")
+        if _outline(found) != _outline(index):
+            raise ValueError(f"{out} was made of another cache than {source}; delete it, or name "
+                             "another folder")
         return found
     out.mkdir(parents=True, exist_ok=True)
     write_checkpoint(out / NULL_NAME, {"caption": read_null(source / NULL_NAME,
@@ -45,6 +48,11 @@ def rescale_cache(source: str | Path, out: str | Path, variant: Variant) -> Cach
     written = CacheIndex(facts, index.null_digest, shards, index.next_number)
     written.write(out)
     return written
+
+
+def _outline(index: CacheIndex) -> tuple[object, ...]:
+    """What a cache shares with one that was rescaled from it, without a look at its rows."""
+    return index.null_digest, [(e.file, e.rows, e.height, e.width) for e in index.shards]
 
 
 def _rescaled(source: Path, entry: ShardEntry, out: Path, factor: float) -> ShardEntry:

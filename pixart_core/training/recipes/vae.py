@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class VAESettings(RunSettings):
     moments: weight of the penalty that keeps latents at mean 0 and deviation 1.
     latent_noise: the decoder reads latents with noise of up to this deviation, drawn anew for
         every picture, so that what a model gets slightly wrong still decodes; 0 for none. Wants
-        `moments` of 0.1, or latents grow out of the noise.
+        `anchor`, `decoder_only` or `moments` of 0.1, or latents grow out of the noise.
     anchor: weight of the squared distance between the latents and `anchor_of` the picture. Latents
         that follow the picture are learnt quickly by small models: free ones carry edges in codes
         as wild as noise. 0 for free latents.
@@ -61,6 +62,9 @@ class VAESettings(RunSettings):
         if self.decoder_only and self.vae is None:
             raise ValueError("decoder_only is true without a vae; name the file whose "
                              "encoder is to stay")
+        if self.decoder_only and self.anchor:
+            raise ValueError(f"decoder_only is true and anchor {self.anchor}; latents stay as they "
+                             "are then: leave one of them out")
 
 
 _GAIN = 1.5  # brings plain colours in -1..1 to about unit deviation
@@ -68,13 +72,13 @@ _LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 
 
 def anchor_of(images: Tensor) -> Tensor:
-    """The smallest picture of `images` (B, 3, H, W) in 0..1 that latents (B, 4, H/8, W/8) can be.
+    """Images (B, 3, H, W) in 0..1, sides multiples of 8 -> small pictures (B, 4, H/8, W/8).
 
     Red, green and blue in -1..1, averaged over each 8 x 8 px, and the brightness averaged over
-    windows half of that further down and to the right; times 1.5.
+    8 x 8 windows that are shifted 4 px down and right, edges repeated; times 1.5.
     """
     signed = (images * 2 - 1) * _GAIN
-    luma = torch.einsum("bchw,c->bhw", signed, signed.new_tensor(_LUMA))[:, None]
+    luma = (signed * signed.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
     half = DOWNSCALE // 2
     between = F.pad(luma, (0, half, 0, half), mode="replicate")[:, :, half:, half:]
     return torch.cat([F.avg_pool2d(signed, DOWNSCALE), F.avg_pool2d(between, DOWNSCALE)], 1)
@@ -102,6 +106,7 @@ class VAE(Recipe):
     """Mean absolute error of the pictures; latents held at unit deviation without a scale."""
 
     name = "vae"
+    fixed = frozenset({"vae"})  # what it starts from; elsewhere it only draws samples
     settings: VAESettings
 
     def __init__(self, settings: VAESettings, samples: Samples | None = None) -> None:
@@ -111,11 +116,14 @@ class VAE(Recipe):
             torch.manual_seed(settings.seed)
             self.trained = Autoencoder()
         if settings.vae is not None:
-            tensors = tiny_state_dict(read_checkpoint(settings.vae).state_dict)
+            stored = read_checkpoint(settings.vae).state_dict
+            tensors = tiny_state_dict(stored)
             if tensors.keys() != self.trained.network.state_dict().keys():
                 raise ValueError(f"vae is {settings.vae}, which holds no whole VAE of TAESD's "
                                  "architecture; name one of `pixart train vae`, or leave it out")
             self.trained.network.load_state_dict({n: t.float() for n, t in tensors.items()})
+            if settings.decoder_only:
+                _require_scale(stored, settings)
         self.trained.network.encoder.requires_grad_(not settings.decoder_only)
         self.average = averaged_copy(self.trained) if settings.ema_decay is not None else None
 
@@ -125,7 +133,7 @@ class VAE(Recipe):
         channels = latents.float().transpose(0, 1).flatten(1)  # (4, everything else)
         moments = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
         parts = {"error": error, "moments": moments}
-        total = error + self.settings.moments * moments
+        total = error if self.settings.decoder_only else error + self.settings.moments * moments
         if self.settings.anchor:
             parts["anchor"] = (latents.float() - anchor_of(batch.images)).square().mean()
             total = total + self.settings.anchor * parts["anchor"]
@@ -162,3 +170,14 @@ class VAE(Recipe):
         batch = self.samples.batch(0, 4).to(next(self.trained.parameters()).device)
         images, _ = (self.average or self.trained)(batch.images)
         return torch.cat([batch.images, images.clamp(0, 1)])
+
+
+def _require_scale(stored: Mapping[str, Tensor], settings: VAESettings) -> None:
+    """Raise ValueError where the file to be written would say another scale than `stored`."""
+    own = LATENT_SCALE[settings.variant]
+    scale, shift = (float(stored.get(f"vae_{name}", otherwise))
+                    for name, otherwise in (("scale", own), ("shift", 0.0)))
+    if not math.isclose(scale, own, rel_tol=1e-3) or shift:
+        raise ValueError(f"decoder_only is true, but {settings.vae} has latents of scale "
+                         f"{scale:g} and shift {shift:g}, and variant {settings.variant} would be "
+                         f"written with {own:g} and 0; choose the variant it was made for")

@@ -40,7 +40,8 @@ class SceneSettings:
             one object.
         corners: share of the one-object scenes whose object is in a corner.
         spread: how far places and sizes stray from their middles, from 0 for not at all to 1 for
-            all that their words allow. Small models learn shapes sooner where it is small.
+            all that their words allow; the places of counted objects are free. Small models learn
+            shapes sooner where it is small.
     """
 
     image_size: int = 128
@@ -96,7 +97,7 @@ class Dice:
         return low + (high - low) * self._random()
 
     def near(self, low: float, high: float) -> float:
-        """As far around the middle of low and high as `spread` says."""
+        """Uniform over the middle `spread` of low to high; with 1 the same as `uniform`."""
         return low + (high - low) * (0.5 + self._spread * (self._random() - 0.5))
 
     def choice(self, items: Sequence[_T]) -> _T:

@@ -98,7 +98,7 @@ def _settings_of(out: Path) -> Any:
     """What the set in `out` was made of; scenes from before there was a spread have all of it."""
     try:
         found = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
-        return {**found, "scenes": {"spread": SceneSettings().spread, **found["scenes"]}}
+        return {**found, "scenes": {"spread": 1.0, **found["scenes"]}}
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
