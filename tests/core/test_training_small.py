@@ -146,7 +146,7 @@ def test_a_decoder_alone_wants_an_encoder_of_its_scale(folder, tmp_path):
     with pytest.raises(ValueError, match=r"decoder_only is true and anchor 1\.0"):
         recipe_settings("vae", alone | {"vae": tmp_path / "vae.safetensors", "anchor": 1.0})
     file = run("vae", tmp_path / "a", data=folder, crop=16, steps=1)[1].files[0]
-    with pytest.raises(ValueError, match=r"latents of scale 0\.18215 and shift 0, and variant sigma"):
+    with pytest.raises(ValueError, match=r"of scale 0\.18215 and shift 0, and variant sigma"):
         run("vae", **alone | {"vae": file, "variant": "sigma", "out": tmp_path / "b"})
 
 
