@@ -124,7 +124,7 @@ def test_an_anchored_vae_has_latents_that_follow_the_picture(folder, tmp_path):
         images = PictureSamples(folder, 16).batch(0, 4).images
         latents = load_vae(outcome.files[0], "alpha").encode(images)
         distances.append((latents - anchor_of(images)).square().mean())
-    assert distances[1] < 0.5 * distances[0]
+    assert distances[1] < 0.75 * distances[0]
 
 
 def test_a_decoder_trains_alone(folder, tmp_path):

@@ -91,7 +91,7 @@ def test_a_rescaled_cache_is_not_mistaken_for_another(made):
     with pytest.raises(ValueError, match=r"another cache \(variant is sigma, now alpha\)"):
         rescale_cache(source, out, "alpha")
     with pytest.raises(ValueError, match="was made of another cache than"):
-        rescale_cache(made[1] / "outlines", out, "sigma")
+        rescale_cache(made[1] / "near", out, "sigma")
     with pytest.raises(ValueError, match="variant is 'omega'; use one of"):
         rescale_cache(source, out.with_name("new"), "omega")
     assert not out.with_name("new").exists()

@@ -37,7 +37,7 @@ def rescale_cache(source: str | Path, out: str | Path, variant: Variant) -> Cach
         if differences:
             raise ValueError(f"{out} is another cache ({differences[0]}); delete it, or name "
                              "another folder")
-        if _outline(found) != _outline(index):
+        if _origin(found) != _origin(index):
             raise ValueError(f"{out} was made of another cache than {source}; delete it, or name "
                              "another folder")
         return found
@@ -50,9 +50,9 @@ def rescale_cache(source: str | Path, out: str | Path, variant: Variant) -> Cach
     return written
 
 
-def _outline(index: CacheIndex) -> tuple[object, ...]:
-    """What a cache shares with one that was rescaled from it, without a look at its rows."""
-    return index.null_digest, [(e.file, e.rows, e.height, e.width) for e in index.shards]
+def _origin(index: CacheIndex) -> tuple[object, ...]:
+    """What a cache was encoded from, which one that was rescaled from it shares."""
+    return index.null_digest, [(entry.file, entry.sources_digest) for entry in index.shards]
 
 
 def _rescaled(source: Path, entry: ShardEntry, out: Path, factor: float) -> ShardEntry:
