@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+GB = 1e9
 MIB = 2**20
 
 

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 from pixart_core.training.chart import FINE, GREY, PAPER, Pen
 from pixart_core.whole import whole_file
 
-from .small_memory import GB, Phase, recipe_phases
+from .measure import GB
+from .small_memory import Phase, recipe_phases
 
 SIZE = (1600, 980)
 LEFT, RIGHT, TOP, ROW, BAR = 470, 1500, 150, 150, 30

@@ -29,10 +29,9 @@ from pixart_core.text.t5_file import EMBEDDING, T5Config, T5File, expected_shape
 from pixart_core.vae import VAE
 
 from .live_bytes import LiveBytes, fused_attention, weight_bytes
-from .measure import command, table, versions
+from .measure import GB, command, table, versions
 
 META = torch.device("meta")
-GB = 1e9
 T5_XXL = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128)
 RANK = 32
 TILES = "bf16, tiles of 512 px"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,10 +21,9 @@ from pixart_core.training.loop import Progress, train
 from pixart_core.training.recipe import Recipe
 from pixart_core.training.recipes import RECIPES, recipe_settings
 
-from .measure import command, machine, table, versions
+from .measure import GB, command, machine, table, versions
 
 RECIPES_RUN = ("lcm", "lcm-lora", "controlnet", "lora", "base")
-GB = 1e9
 
 
 class RandomSamples:
@@ -74,39 +74,65 @@ class Rates:
         pass
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--steps", type=int, default=8, help="the first two are not counted")
+    parser.add_argument("--precision", default="bf16", choices=("no", "bf16", "fp16"))
+    options = parser.parse_args(argv)
+
+    def cost(recipe: Recipe) -> tuple[str, ...]:
+        return _cost(recipe, options.steps)
+
+    rows = run_each(options, cost, steps=options.steps + 1, precision=options.precision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(machine(device), versions(), command(), sep="\n")
+    print(described(options, options.precision))
+    print(table(("recipe", "batch", "images/s", "peak GB"), rows))
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """What a benchmark of recipes at full size asks for."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES_RUN), choices=RECIPES_RUN)
     parser.add_argument("--batches", nargs="+", type=int, default=[12])
     parser.add_argument("--size", type=int, default=1024, help="pixels")
     parser.add_argument("--preset", default="alpha-1024", choices=PRESETS)
     parser.add_argument("--depth", type=int, help="fewer blocks, for a first try")
-    parser.add_argument("--steps", type=int, default=8, help="the first two are not counted")
-    parser.add_argument("--precision", default="bf16", choices=("no", "bf16", "fp16"))
     parser.add_argument("--no-checkpointing", action="store_true")
-    arguments = parser.parse_args(arguments)
-    config = PRESETS[arguments.preset]
-    if arguments.depth:
-        config = config.replace(depth=arguments.depth)
+    return parser
+
+
+def run_each(options: argparse.Namespace, call: Callable[[Recipe], Sequence[str]], *, steps: int,
+             precision: str) -> list[tuple[str, ...]]:
+    """The name, the batch and what `call` says of every recipe that was asked for, one by one."""
+    config = _config(options)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        parameters = write_random_model(path, config)
-        for name in arguments.recipes:
-            for batch in arguments.batches:
-                rows.append(_row(name, batch, path, config, arguments, Path(folder)))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(machine(device), versions(), command(), sep="\n")
-    print(f"{parameters / 1e6:.1f} M parameters, {arguments.size} px, {arguments.precision}, "
-          f"gradient checkpointing {'off' if arguments.no_checkpointing else 'on'}")
-    print(table(("recipe", "batch", "images/s", "peak GB"), rows))
+        write_random_model(path, config)
+        for name in options.recipes:
+            for batch in options.batches:
+                rows.append((name, str(batch), *call(recipe_at_full_size(
+                    name, path, config, Path(folder), batch, options.size, steps=steps,
+                    precision=precision, checkpointing=not options.no_checkpointing))))
+    return rows
 
 
-def write_random_model(path: Path, config: pc.PixArtConfig) -> int:
-    """Write a transformer of random bfloat16 weights; the number of its parameters."""
+def described(options: argparse.Namespace, precision: str) -> str:
+    """One line: what was run."""
+    return (f"{options.preset}, {_config(options).depth} blocks, {options.size} px, {precision}, "
+            f"gradient checkpointing {'off' if options.no_checkpointing else 'on'}")
+
+
+def _config(options: argparse.Namespace) -> pc.PixArtConfig:
+    config = PRESETS[options.preset]
+    return config.replace(depth=options.depth) if options.depth else config
+
+
+def write_random_model(path: Path, config: pc.PixArtConfig) -> None:
+    """Write a transformer of random bfloat16 weights."""
     model = pc.PixArtTransformer(config, dtype=torch.bfloat16)
     pc.write_checkpoint(path, model.state_dict(), {"pixart_config": config.to_json()})
-    return sum(p.numel() for p in model.parameters())
 
 
 def recipe_at_full_size(name: str, path: Path, config: pc.PixArtConfig, folder: Path, batch: int,
@@ -124,24 +150,19 @@ def recipe_at_full_size(name: str, path: Path, config: pc.PixArtConfig, folder: 
     return RECIPES[name][0](settings, samples)
 
 
-def _row(name: str, batch: int, path: Path, config: pc.PixArtConfig,
-         arguments: argparse.Namespace, folder: Path) -> tuple[str, ...]:
-    recipe = recipe_at_full_size(name, path, config, folder, batch, arguments.size,
-                                 steps=arguments.steps + 1, precision=arguments.precision,
-                                 checkpointing=not arguments.no_checkpointing)
+def _cost(recipe: Recipe, steps: int) -> tuple[str, ...]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    rates = Rates(arguments.steps)
+    rates = Rates(steps)
     try:
         train(recipe, rates)
     except EnoughError:
         pass
     except torch.OutOfMemoryError:
-        return name, str(batch), "out of memory", ""
+        return "out of memory", ""
     counted = rates.rates[2:] or rates.rates
-    peak = f"{rates.peak / GB:.2f}" if rates.peak else ""
-    return name, str(batch), f"{statistics.median(counted):.3g}", peak
+    return f"{statistics.median(counted):.3g}", f"{rates.peak / GB:.2f}" if rates.peak else ""
 
 
 if __name__ == "__main__":

@@ -9,11 +9,8 @@ itself takes and the allocator's rounding; `python -m benchmarks.training` measu
 
 from __future__ import annotations
 
-import argparse
 import copy
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 import pixart_core as pc
-from pixart_core.config import PRESETS
 from pixart_core.sampling.schedule import add_noise
 from pixart_core.training.diffusion import variance_loss
 from pixart_core.training.draws import Draws
@@ -30,10 +26,8 @@ from pixart_core.training.optimizers import make_optimizer
 from pixart_core.training.recipe import Recipe
 
 from .live_bytes import LiveBytes, fused_attention, weight_bytes
-from .measure import command, table, versions
-from .training import RECIPES_RUN, recipe_at_full_size, write_random_model
-
-GB = 1e9
+from .measure import GB, command, table, versions
+from .training import arguments, described, run_each
 
 
 class Held(NamedTuple):
@@ -72,24 +66,11 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Count, print and return the report."""
-    options = _arguments().parse_args(argv)
-    config = PRESETS[options.preset]
-    if options.depth:
-        config = config.replace(depth=options.depth)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        write_random_model(path, config)
-        for name in options.recipes:
-            for batch in options.batches:
-                recipe = recipe_at_full_size(
-                    name, path, config, Path(folder), batch, options.size, steps=2,
-                    precision="bf16", checkpointing=not options.no_checkpointing)
-                rows.append([name, str(batch), *count(recipe).row()])
+    options = arguments(__doc__).parse_args(argv)
+    rows = run_each(options, lambda recipe: count(recipe).row(), steps=2, precision="bf16")
     report = "\n".join([
         f"Counted, not timed; {versions()}.\n", f"Command: `{command()}`\n",
-        f"{options.preset}, {config.depth} blocks, {options.size} px, bf16 autocast, gradient "
-        f"checkpointing {'off' if options.no_checkpointing else 'on'}\n",
+        f"{described(options, 'bf16 autocast')}\n",
         table(["recipe", "batch", "weights, GB", "after a step, GB", "peak, GB"], rows)])
     print(report)
     return report
@@ -106,7 +87,7 @@ def count(recipe: Recipe, steps: int = 2) -> Held:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(fake):
         recipe = copy.deepcopy(recipe)
-    modules = [*recipe.modules().values(), *recipe.frozen(), recipe.trained]
+    modules = recipe.every_module()
     for module in modules:
         for part in module.modules():
             if isinstance(part, pc.PixArtTransformer):
@@ -135,17 +116,6 @@ def _make_tables() -> None:
     """Let the engine make the noise tables that it keeps, before tensors have no content."""
     out, x, t = torch.zeros(1, 8, 1, 1), torch.zeros(1, 4, 1, 1), torch.zeros(1, dtype=torch.long)
     variance_loss(out, add_noise(x, x, t), x, t)
-
-
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES_RUN), choices=RECIPES_RUN)
-    parser.add_argument("--batches", nargs="+", type=int, default=[12])
-    parser.add_argument("--size", type=int, default=1024, help="pixels")
-    parser.add_argument("--preset", default="alpha-1024", choices=PRESETS)
-    parser.add_argument("--depth", type=int, help="fewer blocks, for a first try")
-    parser.add_argument("--no-checkpointing", action="store_true")
-    return parser
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from .checkpoint.read import Checkpoint, CheckpointError, read_checkpoint
 from .config import LATENT_SCALE, Variant
 from .extras import require
 from .load import check_weights
-from .vae_layout import kl_config, kl_state_dict, tiny_state_dict
+from .vae_layout import kl_config, kl_state_dict, tiny_scale, tiny_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,8 @@ def _tiny(checkpoint: Checkpoint, latent_scale: float, source: str) -> _Built:
     if "encoder.layers.0.weight" not in state_dict:
         network.encoder = None
     # A plain TAESD works on the model's own latents; one that carries a scale, on the VAE's.
-    scale = float(tensors.get("vae_scale", latent_scale))
-    shift = float(tensors.get("vae_shift", 0.0)) * scale
+    scale, shift = tiny_scale(tensors, latent_scale)
+    shift *= scale
     if scale == 0 or not math.isfinite(scale + shift):
         raise CheckpointError(f"{source}: vae_scale {scale} and vae_shift {shift} are no scale")
     return network, state_dict, scale / latent_scale, shift

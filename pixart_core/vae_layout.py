@@ -114,3 +114,9 @@ def taesd_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             part, number, rest = match.groups()
             result[f"taesd_{part}.{int(number) + (part == 'decoder')}.{rest}"] = tensor
     return result
+
+
+def tiny_scale(state_dict: Mapping[str, Any], latent_scale: float) -> tuple[float, float]:
+    """`vae_scale` and `vae_shift` of a TAESD's file; `latent_scale` and 0 where it names none."""
+    return (float(state_dict.get("vae_scale", latent_scale)),
+            float(state_dict.get("vae_shift", 0.0)))

@@ -42,9 +42,9 @@ def scenes(
         from ..training.scenes import ExportSettings, SceneSettings, export_scenes
 
         settings = ExportSettings(
-            count, seed, SceneSettings(image_size, listed(ratios), two, counts, corners,
-                                       spread), split,
-            phrasings, outlines=edges)
+            count, seed,
+            SceneSettings(image_size, listed(ratios), two, counts, corners, spread),
+            split, phrasings, outlines=edges)
         with progress_bars(errors, hidden=True) as progress:
             task = progress.add_task("pictures", total=count)
             lines = export_scenes(out, settings,

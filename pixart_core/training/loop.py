@@ -103,7 +103,7 @@ def train(recipe: Recipe, listener: Listener | None = None) -> Outcome:
     listener = listener if listener is not None and main else _Silent()
     settings.out.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(settings, recipe.parameter_groups())
-    for module in [*recipe.modules().values(), *recipe.frozen(), recipe.trained]:
+    for module in recipe.every_module():
         module.to(accelerator.device)
     prepare_modules(recipe)
     state = _resume(recipe, optimizer, accelerator, listener)
@@ -182,9 +182,8 @@ def _accelerator(settings: RunSettings) -> Any:
 
 def prepare_modules(recipe: Recipe) -> None:
     """Give the modules of `recipe` what its settings of precision and checkpointing ask for."""
-    modules = [*recipe.modules().values(), *recipe.frozen(), recipe.trained]
     if recipe.settings.precision != "no":
-        models = {id(m): m for module in modules for m in module.modules()
+        models = {id(m): m for module in recipe.every_module() for m in module.modules()
                   if isinstance(m, PixArtTransformer)}
         for model in models.values():
             keep_time_path_float32(model)

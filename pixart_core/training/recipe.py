@@ -39,7 +39,8 @@ class Recipe(ABC):
     """
 
     name: ClassVar[str]
-    fixed: ClassVar[frozenset[str]] = frozenset()  # settings that only this recipe cannot change
+    # settings that another recipe's run may change on its way, and this one's may not
+    fixed: ClassVar[frozenset[str]] = frozenset()
     settings: RunSettings
     trained: nn.Module
     samples: Samples
@@ -63,6 +64,10 @@ class Recipe(ABC):
     def frozen(self) -> list[nn.Module]:
         """Modules that never change and have to be on the device."""
         return []
+
+    def every_module(self) -> list[nn.Module]:
+        """All modules of a run: those that train or are saved, and the frozen ones."""
+        return [*self.modules().values(), *self.frozen(), self.trained]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimiser gets; every group may have a `scale` of the learning rate."""

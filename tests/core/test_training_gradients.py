@@ -132,7 +132,7 @@ def samples():
 
 def in_float64(recipe, samples):
     """The recipe with everything in float64, the sinusoids (float32 in any model) cast at once."""
-    for module in [recipe.trained, *recipe.modules().values(), *recipe.frozen()]:
+    for module in recipe.every_module():
         module.double()
         for name, part in module.named_modules():
             if name.endswith("t_embedder.mlp"):

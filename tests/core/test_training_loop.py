@@ -90,12 +90,12 @@ for name, changes in {jobs!r}.items():
 
 def _run(script, port):
     """Run a script in two processes that talk over gloo, as torchrun starts them."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     started = []
     for rank in range(2):
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
         env = inherited | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
-                            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+                           "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
         started.append(subprocess.Popen([sys.executable, "-c", script], env=env,
                                         stderr=subprocess.PIPE, text=True))
     for process in started:

@@ -16,7 +16,7 @@ from ...checkpoint.write import write_checkpoint
 from ...config import LATENT_SCALE, Variant
 from ...extras import require
 from ...vae import DOWNSCALE, LATENT_CHANNELS
-from ...vae_layout import taesd_state_dict, tiny_state_dict
+from ...vae_layout import taesd_state_dict, tiny_scale, tiny_state_dict
 from ..draws import Draws
 from ..ema import averaged_copy, update_average, warmed_decay
 from ..pictures import Pictures, PictureSamples
@@ -175,8 +175,7 @@ class VAE(Recipe):
 def _require_scale(stored: Mapping[str, Tensor], settings: VAESettings) -> None:
     """Raise ValueError where the file to be written would say another scale than `stored`."""
     own = LATENT_SCALE[settings.variant]
-    scale, shift = (float(stored.get(f"vae_{name}", otherwise))
-                    for name, otherwise in (("scale", own), ("shift", 0.0)))
+    scale, shift = tiny_scale(stored, own)
     if not math.isclose(scale, own, rel_tol=1e-3) or shift:
         raise ValueError(f"decoder_only is true, but {settings.vae} has latents of scale "
                          f"{scale:g} and shift {shift:g}, and variant {settings.variant} would be "
