@@ -28,6 +28,8 @@ def scenes(
     spread: Annotated[float, flag(
         help="How far places and sizes stray from their middles: 0 not at all, 1 as far as their "
              "words allow.")] = 1.0,
+    grid: Annotated[bool, flag(
+        "--grid", help="Round places of single objects to the model's tokens.")] = False,
     split: Annotated[str, flag(
         help="train, held_out or all attribute combinations. The evaluation draws held_out ones."
     )] = "train",
@@ -43,7 +45,7 @@ def scenes(
 
         settings = ExportSettings(
             count, seed,
-            SceneSettings(image_size, listed(ratios), two, counts, corners, spread),
+            SceneSettings(image_size, listed(ratios), two, counts, corners, spread, grid),
             split, phrasings, outlines=edges)
         with progress_bars(errors, hidden=True) as progress:
             task = progress.add_task("pictures", total=count)

@@ -32,18 +32,20 @@ def _posterior_table(device: torch.device) -> Tensor:
     return (table.float() if device.type == "mps" else table).to(device)
 
 
-def noise_loss(eps: Tensor, noise: Tensor, t: Tensor, weight_clip: float | None = None) -> Tensor:
+def noise_loss(eps: Tensor, noise: Tensor, t: Tensor, weight_clip: float | None = None,
+               weight_floor: float = 1.0) -> Tensor:
     """Squared error of the noise prediction for each sample: (B, 4, H, W) twice -> (B,).
 
-    `weight_clip` weighs a sample by min(1 / alpha-bar, weight_clip), which is the error of the
-    predicted picture until the clip bites: small models learn faster so. None weighs all the
-    same, as PixArt was trained (equation 14 of DDPM).
+    `weight_clip` weighs a sample by min(weight_floor + 1 / SNR, weight_clip). 1 / SNR alone is the
+    error of the predicted picture, the floor adds that of the noise: with 0 a small model spends
+    nothing on noise that no eye sees. None weighs all the same, as PixArt was trained (equation 14
+    of DDPM).
     """
     error = (eps.to(_wide(eps)) - noise).square().flatten(1).mean(1)
     if weight_clip is None:
         return error
-    signal, _ = noise_levels(t)
-    return error * (signal**-2).clamp(max=weight_clip).to(error.dtype)
+    signal, _ = noise_levels(t)  # 1 / SNR = 1 / alpha-bar - 1
+    return error * (signal**-2 - 1 + weight_floor).clamp(max=weight_clip).to(error.dtype)
 
 
 def variance_loss(out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ _CALIBRATION_SEED = 7  # of captions that no training run sees
 def _scenes(out: Path, settings: dict[str, Any]) -> None:
     from .scenes import ExportSettings, SceneSettings, export_scenes
 
-    names = ("image_size", "ratios", "two", "counts", "corners", "spread")
+    names = ("image_size", "ratios", "two", "counts", "corners", "spread", "grid")
     own = {name: settings.pop(name) for name in names if name in settings}
     if "ratios" in own:
         own["ratios"] = tuple(own["ratios"])

@@ -61,7 +61,8 @@ def test_anchors_must_divide_the_schedule():
 
 
 def test_noise_loss_weighs_timesteps():
-    """Protects both weightings: plain, and 1 / alpha-bar up to the clip."""
+    """Protects the weightings: plain, 1 + 1 / SNR up to the clip, and 1 / SNR, which is the error of
+    the picture."""
     eps, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     t = torch.tensor([0, 500, 999])
     plain = noise_loss(eps, noise, t)
@@ -69,6 +70,11 @@ def test_noise_loss_weighs_timesteps():
     factor = noise_loss(eps, noise, t, weight_clip=30.0) / plain
     wanted = [1 / alphas_cumprod()[0], 1 / alphas_cumprod()[500], torch.tensor(30.0)]
     assert torch.allclose(factor, torch.stack([w.double() for w in wanted]))
+    signal = alphas_cumprod()[t].double()[:, None, None, None]
+    pictures = (add_noise(torch.zeros_like(noise), noise, t) - (1 - signal).sqrt() * eps
+                ) / signal.sqrt()  # what eps makes of noise over nothing
+    of_pictures = noise_loss(eps, noise, t, weight_clip=1e9, weight_floor=0.0)
+    assert torch.allclose(of_pictures, (pictures**2).mean((1, 2, 3)), rtol=1e-4)
 
 
 def _posterior(x0, x_t, t):

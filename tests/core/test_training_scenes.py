@@ -36,6 +36,7 @@ from pixart_core.training.scenes import (
     render,
 )
 from pixart_core.training.scenes.shapes import EXTENTS
+from pixart_core.training.score import place_word
 
 MIXED = SceneSettings(128, ("1:1", "5:3", "3:5"), two=0.3, counts=0.3, corners=0.2)
 PINNED = {"train": "db3a6d38e2489b7c", "held_out": "17145a0f5f4fb30f"}
@@ -129,6 +130,27 @@ def test_spread_keeps_objects_near_their_middles() -> None:
                                                           s.objects[0].size] for s in drawn[0.0])
 
 
+@pytest.mark.parametrize("ratio", ["1:1", "5:3"])
+def test_single_objects_stand_on_the_grid(ratio) -> None:
+    """Protects the alignment to tokens, and to latent cells where a token has no room; the words
+    stay true, nothing leaves the picture and all other draws are the same."""
+    settings = SceneSettings(ratios=(ratio,), corners=0.2, spread=0.1)
+    free = draw_scenes(7, range(300), settings)
+    aligned = draw_scenes(7, range(300), dataclasses.replace(settings, grid=True))
+    assert [s.key for s in aligned] == [s.key for s in free]
+    steps = set()
+    for scene, other in zip(aligned, free, strict=True):
+        thing, was = scene.objects[0], other.objects[0]
+        assert place_word(thing.x, thing.y, scene.width, scene.height) == scene.place
+        for side, at, before, extent in zip((scene.width, scene.height), (thing.x, thing.y),
+                                            (was.x, was.y), EXTENTS[thing.shape], strict=True):
+            offset = abs(at - side / 2)
+            assert offset % 8 == 0 and abs(at - before) <= 8.01
+            assert offset + extent * thing.radius <= side / 2
+            steps.add(offset % 16)
+    assert steps == {0, 8}
+
+
 def test_spread_holds_pairs_near_too() -> None:
     """Protects scenes of two: without a spread one relation of two kinds is one picture."""
     places: dict[object, set[tuple[float, ...]]] = {}
@@ -140,11 +162,11 @@ def test_spread_holds_pairs_near_too() -> None:
 
 
 def test_a_set_from_before_there_was_a_spread_goes_on(tmp_path) -> None:
-    """Protects sets that are there: without the word they have the whole spread."""
+    """Protects sets that are there: without the words they have the whole spread and no grid."""
     export_scenes(tmp_path / "set", _export(4))
     file = tmp_path / "set" / "scenes.json"
     facts = json.loads(file.read_text())
-    del facts["scenes"]["spread"]
+    del facts["scenes"]["spread"], facts["scenes"]["grid"]
     file.write_text(json.dumps(facts))
     export_scenes(tmp_path / "set", _export(4))
     settings = _export(4)
@@ -334,12 +356,13 @@ def test_the_command_writes_a_set_and_refuses_another(tmp_path) -> None:
     """Protects `pixart train scenes`: its options reach the settings, errors are one line."""
     folder = str(tmp_path / "set")
     arguments = ["train", "scenes", folder, "--count", "6", "--image-size", "64", "--two", "0.5",
-                 "--ratios", "5:3,3:5", "--edges", "--spread", "0.5"]
+                 "--ratios", "5:3,3:5", "--edges", "--spread", "0.5", "--grid"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     entries = [json.loads(line) for line in
                (tmp_path / "set" / "captions.jsonl").read_text().splitlines()]
-    assert json.loads((tmp_path / "set" / "scenes.json").read_text())["scenes"]["spread"] == 0.5
+    scenes = json.loads((tmp_path / "set" / "scenes.json").read_text())["scenes"]
+    assert (scenes["spread"], scenes["grid"]) == (0.5, True)
     assert {(e["scene"]["width"], e["scene"]["height"]) for e in entries} == {(80, 48), (48, 80)}
     assert all((tmp_path / "set" / e["control"]).is_file() for e in entries)
     again = CliRunner().invoke(app, [*arguments, "--seed", "1"])

@@ -27,13 +27,14 @@ class BaseSettings(DenoiserSettings):
     model: a checkpoint to fine-tune, or config fields (and `preset`) for one from scratch.
     kv_compression: sampling, factor and layers of KV compression to switch on.
     learn_variance: train the other half of the output too.
-    weight_clip: see `noise_loss`; null weighs all timesteps the same.
+    weight_clip, weight_floor: see `noise_loss`; null weighs all timesteps the same.
     """
 
     model: dict | Path
     kv_compression: dict | None = None
     learn_variance: bool = True
     weight_clip: float | None = None
+    weight_floor: float = 1.0
 
 
 class Base(DenoiserRecipe):
@@ -58,7 +59,8 @@ class Base(DenoiserRecipe):
         conditions = self.conditions(batch, self.dropped(draws))
         x = add_noise(batch.latents, noise, t)
         out = trained(x, t, **conditions.arguments())
-        error = noise_loss(out[:, :4], noise, t, self.settings.weight_clip).mean()
+        error = noise_loss(out[:, :4], noise, t, self.settings.weight_clip,
+                           self.settings.weight_floor).mean()
         if not self.settings.learn_variance or out.shape[1] == 4:
             return Losses(error, {"noise": error})
         bound = variance_loss(out, batch.latents, x, t).mean()

@@ -95,10 +95,10 @@ def export_scenes(out: str | Path, settings: ExportSettings,
 
 
 def _settings_of(out: Path) -> Any:
-    """What the set in `out` was made of; scenes from before there was a spread have all of it."""
+    """What the set in `out` was made of; before there were spread and grid it was as by default."""
     try:
         found = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
-        return {**found, "scenes": {"spread": 1.0, **found["scenes"]}}
+        return {**found, "scenes": {"spread": 1.0, "grid": False, **found["scenes"]}}
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
