@@ -100,7 +100,7 @@ def sizes(config: T5Config, folder: str | None) -> str:
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
         source, file = Path(name, "t5.safetensors"), Path(name, "quantized.safetensors")
-        _write_random(source, config)
+        write_random_t5(source, config)
         for precision in PRECISIONS[1:]:
             loads = [_in_a_process(source, precision)]
             written = ""
@@ -117,7 +117,7 @@ def sizes(config: T5Config, folder: str | None) -> str:
                   f"most, {TOKENS} tokens encoded", "most while loading the file"], rows)
 
 
-def _write_random(path: Path, config: T5Config) -> None:
+def write_random_t5(path: Path, config: T5Config) -> None:
     """A 16-bit T5 of these sizes, one matrix in memory at a time."""
     shapes = expected_shapes(config)
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ from pathlib import Path
 # in subfolders that are named as ComfyUI names its own
 TRANSFORMER = "diffusion_models/pixart_starter.safetensors"
 LCM = "diffusion_models/pixart_starter_lcm.safetensors"
+LCM_SVDQUANT = "diffusion_models/pixart_starter_lcm_svdquant.safetensors"
 T5 = "text_encoders/t5"
 T5_FILE = "text_encoders/t5_starter.safetensors"
 VAE = "vae/vae_starter.safetensors"
@@ -28,11 +29,13 @@ class Starter:
 
     `t5` is a folder with its tokenizer beside it, `t5_file` the same encoder in one file with the
     tokenizer inside. `guidance` is for `transformer`; `lcm`, its few-step student, runs
-    `lcm_steps` steps without guidance. `controlnet` steers both by the edges that `hed` finds.
+    `lcm_steps` steps without guidance, and `lcm_svdquant` is the same in 4 bits. `controlnet`
+    steers them by the edges that `hed` finds.
     """
 
     transformer: Path
     lcm: Path
+    lcm_svdquant: Path
     t5: Path
     t5_file: Path
     vae: Path
@@ -47,7 +50,8 @@ class Starter:
 def starter_in(folder: str | Path) -> Starter | None:
     """The starter family of `folder`, or None when any of its files is missing there."""
     folder = Path(folder)
-    paths = [folder / name for name in (TRANSFORMER, LCM, T5, T5_FILE, VAE, CONTROLNET, HED)]
+    paths = [folder / name for name in (TRANSFORMER, LCM, LCM_SVDQUANT, T5, T5_FILE, VAE,
+                                        CONTROLNET, HED)]
     return Starter(*paths) if all(path.exists() for path in paths) else None
 
 

@@ -59,6 +59,8 @@ def evaluate(
     spread: Annotated[float, flag(
         help="How far places and sizes of renders and control hints stray from their middles, 0 "
              "to 1, as in the scenes the model was trained on.")] = 1.0,
+    grid: Annotated[bool, flag(
+        "--grid", help="Places of single objects are rounded to tokens there, as well.")] = False,
     steps: Annotated[int | None, flag(help="Sampling steps. [the sampler's own]")] = None,
     guidance: Annotated[float | None, flag(help="1 is none. [the sampler's own]")] = None,
     sampler: Annotated[str, flag(help="auto, dpm, sa-solver, lcm or dmd.")] = "auto",
@@ -123,10 +125,10 @@ def evaluate(
         chosen = listed(kinds)
         shares = {name: chosen.count(name) / len(chosen) for name in _KINDS}
         drawn = SceneSettings(image_size or 128, listed(ratios), shares["two"], shares["counts"],
-                              corners, spread)
+                              corners, spread, grid)
         result: dict[str, Any] = {"image_size": drawn.image_size, "ratios": drawn.ratios,
                                   "kinds": chosen, "corners": corners, "spread": spread,
-                                  "scene_seed": scene_seed}
+                                  "grid": grid, "scene_seed": scene_seed}
         if judged:
             result["judge"] = _judge(judged, drawn, scene_seed)
         if pipeline is not None:

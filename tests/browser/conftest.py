@@ -79,6 +79,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 @pytest.fixture(scope="session")
+def installation(pytestconfig: pytest.Config) -> Installation:
+    """The ComfyUI under test, as in tests/host."""
+    return pytestconfig.stash[_FOUND][0]
+
+
+@pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A started ComfyUI with nothing but this pack, and the picture that every ComfyUI comes with:
     client.Host."""

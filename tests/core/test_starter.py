@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
+import pixart_core as pc
 from pixart_core import starter
+
+FILES = [starter.TRANSFORMER, starter.LCM, starter.LCM_SVDQUANT, starter.T5_FILE, starter.VAE,
+         starter.CONTROLNET, starter.HED]
 
 
 def test_a_clone_finds_its_family():
@@ -12,19 +16,19 @@ def test_a_clone_finds_its_family():
     found = starter.find_starter()
     assert found is not None
     assert found.transformer.parents[1] == Path(__file__).parents[2] / "starter"
-    for path in (found.transformer, found.lcm, found.t5_file, found.vae, found.controlnet,
-                 found.hed):
+    for path in (found.transformer, found.lcm, found.lcm_svdquant, found.t5_file, found.vae,
+                 found.controlnet, found.hed):
         assert path.stat().st_size > 100_000
     assert (found.t5 / "spiece.model").is_file() and (found.t5 / "config.json").is_file()
     assert (found.image_size, found.guidance, found.lcm_steps) == (64, 4.5, 4)
+    for path in (found.transformer, found.lcm, found.lcm_svdquant):
+        assert pc.open_transformer(path)[1].image_size == found.image_size
 
 
-@pytest.mark.parametrize("name", [starter.TRANSFORMER, starter.LCM, starter.T5, starter.VAE,
-                                  starter.CONTROLNET, starter.HED])
+@pytest.mark.parametrize("name", [*FILES, starter.T5])
 def test_a_family_with_a_missing_file_is_none(tmp_path, monkeypatch, name):
     """Protects against a half-found family that fails later with a file error."""
-    for each in (starter.TRANSFORMER, starter.LCM, starter.T5_FILE, starter.VAE,
-                 starter.CONTROLNET, starter.HED):
+    for each in FILES:
         (tmp_path / each).parent.mkdir(exist_ok=True)
         (tmp_path / each).touch()
     (tmp_path / starter.T5).mkdir()

@@ -324,10 +324,10 @@ def test_the_command_measures_the_judge_alone(tmp_path) -> None:
     """Protects `pixart train evaluate` without a model, and its file of numbers."""
     out = tmp_path / "judge.json"
     result = CliRunner().invoke(app, ["train", "evaluate", "--judge", "6", "--kinds", "one,counts",
-                                      "--spread", "0.1", "--json", str(out)])
+                                      "--spread", "0.1", "--grid", "--json", str(out)])
     assert result.exit_code == 0, result.output
     written = json.loads(out.read_text())
-    assert (written["spread"], written["corners"]) == (0.1, 0.0)
+    assert (written["spread"], written["grid"], written["corners"]) == (0.1, True, 0.0)
     assert set(written["judge"]) == set(DISTURBANCES)
     assert written["judge"]["clean"]["all"]["all"] == {"mean": 1.0, "error": 0.0, "count": 6}
 

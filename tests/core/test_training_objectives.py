@@ -61,8 +61,7 @@ def test_anchors_must_divide_the_schedule():
 
 
 def test_noise_loss_weighs_timesteps():
-    """Protects the weightings: plain, 1 + 1 / SNR up to the clip, and 1 / SNR, which is the error of
-    the picture."""
+    """Protects the weightings: plain, 1 + 1 / SNR up to the clip, and 1 / SNR, the picture's."""
     eps, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     t = torch.tensor([0, 500, 999])
     plain = noise_loss(eps, noise, t)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 from graphs import LCM, StarterGraph
+from launch import has_package
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pixart_core.starter import find_starter
 
 STARTER = find_starter()
+
+
+def require_kitchen(installation):
+    """Skip where the host has no library for quantised layers."""
+    if not has_package(installation.python, "comfy_kitchen"):
+        pytest.skip("no package comfy-kitchen in the environment of this ComfyUI")
 
 
 def relative(a, b):

@@ -6,9 +6,8 @@ import subprocess
 
 import pytest
 import torch
-from checks import STARTER, encoded, refused, relative, save, saved
+from checks import STARTER, encoded, refused, relative, require_kitchen, save, saved
 from graphs import T5, Graph, StarterGraph
-from launch import has_package
 
 from pixart_core.checkpoint.write_stream import stream_checkpoint
 from pixart_core.text import T5TextEncoder
@@ -32,8 +31,7 @@ def written(host):
 
 @pytest.fixture(autouse=True)
 def _kitchen(installation):
-    if not has_package(installation.python, "comfy_kitchen"):
-        pytest.skip("no package comfy-kitchen in the environment of this ComfyUI")
+    require_kitchen(installation)
 
 
 def states(host, loaders, prompt=PROMPT):

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import torch
+from checks import STARTER, require_kitchen
 from PIL import Image
 from workflow import NOTES, inputs_of, load, to_api
 
@@ -21,6 +22,10 @@ PACK = "ComfyUI-PixArt-Delta"
 FOLDER = REPOSITORY / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 LCM_PAIR = ("PixArt-delta LCM 4 steps", "PixArt-delta LCM custom sampling")
+# precision and text_cache of PixArt T5 Loader, transformer, decoder
+SMALL_CARDS = {"PixArt 8 GB": ("int8", False, STARTER.lcm.name, "VAEDecode"),
+               "PixArt 6 GB": ("int4", False, STARTER.lcm.name, "VAEDecodeTiled"),
+               "PixArt 4 GB": ("int4", True, STARTER.lcm_svdquant.name, "VAEDecodeTiled")}
 INPUT_SCENE = {"two": False, "bg": "green",
                "objs": [{"color": "yellow", "shape": "square", "r": 9.0, "cx": 16.0, "cy": 32.0}]}
 
@@ -31,25 +36,43 @@ def object_info(host):
 
 
 @pytest.fixture(scope="module")
-def pictures(host):
-    """Name -> picture (3, H, W) in 0..1 of a template run through its API file, once each."""
+def runs(host, installation):
+    """Name -> result of a template run through its API file, once each."""
     example = (render([INPUT_SCENE], jitter=0.0)[0].permute(1, 2, 0) * 255).byte().numpy()
     host.upload(Image.fromarray(example).resize((768, 768)), "example.png")
     made = {}
 
-    def picture(name):
+    def run(name):
+        if name in SMALL_CARDS:
+            require_kitchen(installation)
         if name not in made:
-            [saved] = host.run(load(FOLDER / "api" / f"{name}.json")).images("SaveImage")
-            made[name] = torch.from_numpy(np.array(host.picture(saved).convert("RGB")))
-        return made[name].permute(2, 0, 1).float() / 255
+            made[name] = host.run(load(FOLDER / "api" / f"{name}.json"))
+        return made[name]
 
-    return picture
+    return run
+
+
+@pytest.fixture(scope="module")
+def pictures(host, runs):
+    """Name -> the picture (3, H, W) in 0..1 that a template saves."""
+    return lambda name: saved_picture(host, runs(name))
+
+
+def saved_picture(host, result):
+    [saved] = result.images("SaveImage")
+    pixels = torch.from_numpy(np.array(host.picture(saved).convert("RGB")))
+    return pixels.permute(2, 0, 1).float() / 255
+
+
+def nodes_of(name, kind):
+    """The inputs of every node of a class in an API file."""
+    return [node["inputs"] for node in load(FOLDER / "api" / f"{name}.json").values()
+            if node["class_type"] == kind]
 
 
 def prompted(name):
     """Object colour and background colour in the positive prompt, which comes first."""
-    nodes = load(FOLDER / "api" / f"{name}.json").values()
-    text = next(n["inputs"]["text"] for n in nodes if n["class_type"] == "PixArtTextEncode")
+    text = nodes_of(name, "PixArtTextEncode")[0]["text"]
     found = re.findall("|".join(COLORS), text)
     assert len(found) == 2, text
     return found
@@ -129,6 +152,46 @@ def test_inpainting_keeps_what_the_mask_leaves_out(pictures):
     seen = detect(pictures("PixArt inpainting"))["objs"]
     places = {o["color"]: o["cx"] < 32 for o in seen}
     assert places == {"yellow": True, "red": False}
+
+
+@pytest.mark.parametrize("name", SMALL_CARDS)
+def test_a_template_for_a_small_card_is_its_recipe(name):
+    """What docs/small-memory.md says for the card: nothing larger is loaded by mistake."""
+    precision, cached, transformer, decoder = SMALL_CARDS[name]
+    [t5], [model] = nodes_of(name, "PixArtT5Loader"), nodes_of(name, "PixArtLoader")
+    assert (t5["precision"], t5["text_cache"]) == (precision, cached)
+    assert (model["model_name"], model["weight_dtype"]) == (transformer, "auto")
+    [decode] = nodes_of(name, "VAEDecode") + nodes_of(name, "VAEDecodeTiled")
+    assert nodes_of(name, decoder) == [decode]
+    assert decode.get("tile_size", 512) == 512
+    assert [sampler["steps"] for sampler in nodes_of(name, "PixArtLCMSampler")] == [4]
+
+
+def test_the_smallest_recipe_runs_quantised_layers(runs):
+    """The loader says on its node what runs them."""
+    assert "layers in svdquant" in runs("PixArt 4 GB").text("PixArtLoader")
+
+
+def test_the_smallest_recipe_keeps_its_prompt_on_disk(host, runs):
+    runs("PixArt 4 GB")  # or skips
+    folder = host.base / "user" / "__pixart_delta" / "text_cache"
+    before = set(folder.glob("*.safetensors"))
+    prompt = load(FOLDER / "api" / "PixArt 4 GB.json")
+    [text] = [node for node in prompt.values() if node["class_type"] == "PixArtTextEncode"]
+    text["inputs"]["text"] += ", kept on disk"
+    host.run(prompt)
+    assert set(folder.glob("*.safetensors")) - before
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in SMALL_CARDS.items()
+                                  if recipe[3] == "VAEDecodeTiled"])
+def test_a_picture_of_one_tile_is_as_decoded_whole(name, host, pictures):
+    prompt = load(FOLDER / "api" / f"{name}.json")
+    [decode] = [node for node in prompt.values() if node["class_type"] == "VAEDecodeTiled"]
+    decode["class_type"] = "VAEDecode"
+    decode["inputs"] = {key: decode["inputs"][key] for key in ("samples", "vae")}
+    tiled = pictures(name)
+    assert (saved_picture(host, host.run(prompt)) - tiled).abs().max() <= 1.5 / 255
 
 
 def test_both_lcm_templates_make_one_picture(pictures):
