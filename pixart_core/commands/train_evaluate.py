@@ -60,7 +60,8 @@ def evaluate(
         help="How far places and sizes of renders and control hints stray from their middles, 0 "
              "to 1, as in the scenes the model was trained on.")] = 1.0,
     grid: Annotated[bool, flag(
-        "--grid", help="Places of single objects are rounded to tokens there, as well.")] = False,
+        "--grid", help="Round places of single objects to the model's tokens in renders and hints, "
+                       "as in the scenes the model was trained on.")] = False,
     steps: Annotated[int | None, flag(help="Sampling steps. [the sampler's own]")] = None,
     guidance: Annotated[float | None, flag(help="1 is none. [the sampler's own]")] = None,
     sampler: Annotated[str, flag(help="auto, dpm, sa-solver, lcm or dmd.")] = "auto",

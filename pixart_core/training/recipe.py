@@ -39,7 +39,7 @@ class Recipe(ABC):
     """
 
     name: ClassVar[str]
-    # settings that another recipe's run may change on its way, and this one's may not
+    # settings that a resumed run of this recipe keeps, beside those that every recipe keeps
     fixed: ClassVar[frozenset[str]] = frozenset()
     settings: RunSettings
     trained: nn.Module

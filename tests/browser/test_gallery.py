@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from checks import require_kitchen
+from checks import has_kitchen, require_kitchen
 from workflow import NOTES, load
 
 from pixart_core.starter import find_starter
@@ -40,22 +40,32 @@ def visit(page, installation):
     made = {}
 
     def visit(name):
-        if name == QUANTIZED:
-            require_kitchen(installation)
+        runs = name in SAMPLERS and (name != QUANTIZED or has_kitchen(installation))
         if name not in made:
             made[name] = None
-            made[name] = _visit(page, name)
+            made[name] = _visit(page, name, runs)
         assert made[name], "the first test of this template says what went wrong"
         return made[name]
 
     return visit
 
 
-def _visit(page, name):
+@pytest.fixture
+def run_of(visit, installation):
+    """Name -> Visit of a template that was run."""
+    def run_of(name):
+        if name == QUANTIZED:
+            require_kitchen(installation)
+        return visit(name)
+
+    return run_of
+
+
+def _visit(page, name, runs):
     page.open_template(name)
     page.screenshot(f"open {name}")
     seen = Visit(page.nodes(), page.complaints(), page.text_shows(), page.prompt())
-    if name in SAMPLERS:
+    if runs:
         if name == SLOW:
             page.set_widget("KSampler", "steps", 60)
         page.run()
@@ -111,8 +121,8 @@ def test_the_note_is_not_cut(name, visit):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_run_ends_with_the_picture_on_the_page(name, visit):
-    seen, nodes = visit(name).seen, visit(name).nodes_after
+def test_a_run_ends_with_the_picture_on_the_page(name, run_of):
+    seen, nodes = run_of(name).seen, run_of(name).nodes_after
     assert "execution_success" in [kind for kind, _ in seen]
     [[address, width]] = next(n["pictures"] for n in nodes if n["type"] == "SaveImage")
     prefix = next(n["inputs"]["filename_prefix"]
@@ -122,9 +132,9 @@ def test_a_run_ends_with_the_picture_on_the_page(name, visit):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_sampler_shows_previews(name, visit):
+def test_the_sampler_shows_previews(name, run_of):
     """Pictures the sampler sent, not files of the server."""
-    shown = [address for kind, detail in visit(name).seen if kind == "shown"
+    shown = [address for kind, detail in run_of(name).seen if kind == "shown"
              for node, address in [detail] if node == SAMPLERS[name]]
     assert shown and all(address.startswith("blob:") for address in shown)
 
@@ -138,10 +148,10 @@ def test_the_preview_shows_while_sampling_goes_on(visit):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_there_is_room_for_what_a_run_adds(name, visit):
+def test_there_is_room_for_what_a_run_adds(name, run_of):
     """Nodes grow by previews and token counts; they stay in their groups, beside each other."""
     groups = [group["bounding"] for group in load(FOLDER / f"{name}.json")["groups"]]
-    boxes = [(n["type"], n["box"]) for n in visit(name).nodes_after if n["type"] not in NOTES]
+    boxes = [(n["type"], n["box"]) for n in run_of(name).nodes_after if n["type"] not in NOTES]
     for i, (kind, (x, y, width, height)) in enumerate(boxes):
         assert any(gx <= x and gy <= y and x + width <= gx + gw and y + height <= gy + gh
                    for gx, gy, gw, gh in groups), (kind, height)

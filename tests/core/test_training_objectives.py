@@ -20,6 +20,7 @@ from pixart_core.training.consistency import (
 from pixart_core.training.diffusion import noise_loss, variance_loss
 from pixart_core.training.draws import Draws, mix_seed
 from pixart_core.training.ema import averaged_copy, update_average, warmed_decay
+from pixart_core.training.recipes import recipe_settings
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "lcd_targets.safetensors")
 
@@ -74,6 +75,14 @@ def test_noise_loss_weighs_timesteps():
                 ) / signal.sqrt()  # what eps makes of noise over nothing
     of_pictures = noise_loss(eps, noise, t, weight_clip=1e9, weight_floor=0.0)
     assert torch.allclose(of_pictures, (pictures**2).mean((1, 2, 3)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [{"weight_floor": 0.0},
+                                     {"weight_floor": -1.0, "weight_clip": 30.0}])
+def test_a_floor_that_does_nothing_or_harm_is_refused(weights, tmp_path):
+    with pytest.raises(ValueError, match="weight_floor is"):
+        recipe_settings("base", {"data": tmp_path, "out": tmp_path, "model": {}, "steps": 1,
+                                 **weights})
 
 
 def _posterior(x0, x_t, t):

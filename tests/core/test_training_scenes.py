@@ -35,6 +35,7 @@ from pixart_core.training.scenes import (
     picture_size,
     render,
 )
+from pixart_core.training.scenes.draw import Dice
 from pixart_core.training.scenes.shapes import EXTENTS
 from pixart_core.training.score import place_word
 
@@ -149,6 +150,14 @@ def test_single_objects_stand_on_the_grid(ratio) -> None:
             assert offset + extent * thing.radius <= side / 2
             steps.add(offset % 16)
     assert steps == {0, 8}
+
+
+def test_a_token_comes_before_a_cell_on_the_grid() -> None:
+    """Protects the coarser line, where it has room, and the distance itself where none has."""
+    dice = Dice(0, grid=True)
+    assert [dice.on_grid(*at) for at in ((27, 20, 40), (27, 20, 31), (29.5, 29, 30))] == [
+        32, 24, 29.5]
+    assert Dice(0).on_grid(27, 20, 40) == 27
 
 
 def test_spread_holds_pairs_near_too() -> None:

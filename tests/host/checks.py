@@ -13,9 +13,13 @@ from pixart_core.starter import find_starter
 STARTER = find_starter()
 
 
+def has_kitchen(installation):
+    """Whether the host has the library for quantised layers."""
+    return has_package(installation.python, "comfy_kitchen")
+
+
 def require_kitchen(installation):
-    """Skip where the host has no library for quantised layers."""
-    if not has_package(installation.python, "comfy_kitchen"):
+    if not has_kitchen(installation):
         pytest.skip("no package comfy-kitchen in the environment of this ComfyUI")
 
 

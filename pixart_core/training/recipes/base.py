@@ -36,6 +36,14 @@ class BaseSettings(DenoiserSettings):
     weight_clip: float | None = None
     weight_floor: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_floor < 0:
+            raise ValueError(f"weight_floor is {self.weight_floor}; use 0 or more")
+        if self.weight_floor != 1 and self.weight_clip is None:
+            raise ValueError(f"weight_floor is {self.weight_floor}, but weight_clip is null, which "
+                             "weighs all timesteps the same; set it too, 100 for example")
+
 
 class Base(DenoiserRecipe):
     """epsilon and variance of x_t = sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise, t uniform."""
