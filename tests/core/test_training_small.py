@@ -105,14 +105,24 @@ def test_latent_noise_reaches_the_decoder_and_nothing_else(folder, tmp_path):
 
 
 def test_the_anchor_is_a_small_picture():
-    """Protects what latents are pulled to: colours where they are, edges between the cells too."""
+    """Protects what latents are pulled to: colours where they are plain, and edges between the
+    cells, as windows of each channel that lie elsewhere see them."""
     images = torch.zeros(1, 3, 16, 24)
     images[:, 0, :, 12:] = 1.0  # red from the middle of the second cell
-    red, green, blue, light = anchor_of(images)[0]
-    assert torch.allclose(red, 1.5 * torch.tensor([-1.0, 0.0, 1.0]).expand(2, 3))
-    assert torch.equal(green, torch.full((2, 3), -1.5)) and torch.equal(blue, green)
-    on, off = 1.5 * (2 * 0.299 - 1), -1.5
-    assert torch.allclose(light, torch.tensor([off, on, on]).expand(2, 3))
+    red, green, blue, grey = anchor_of(images)[0]
+    ends = {share: (-1.5, 1.5 * (2 * share - 1)) for share in (0.7, 0.15, 1 / 3)}
+
+    def row(share: float, covered: tuple[float, ...]) -> torch.Tensor:
+        off, on = ends[share]
+        return torch.tensor([off + (on - off) * part for part in covered]).expand(2, 3)
+
+    assert torch.allclose(red, row(0.7, (0, 0.5, 1)))
+    assert torch.allclose(green, row(0.15, (0, 1, 1)))  # 4 px to the right
+    assert torch.allclose(blue, row(0.15, (0, 0.5, 1)))  # 4 px down
+    assert torch.allclose(grey, row(1 / 3, (0, 1, 1)))
+    below = anchor_of(images.transpose(2, 3))[0]
+    assert torch.allclose(below[1], row(0.15, (0, 0.5, 1))[:2].T)
+    assert torch.allclose(below[2], row(0.15, (0, 1, 1))[:2].T)
 
 
 def test_an_anchored_vae_has_latents_that_follow_the_picture(folder, tmp_path):

@@ -68,20 +68,27 @@ class VAESettings(RunSettings):
 
 
 _GAIN = 1.5  # brings plain colours in -1..1 to about unit deviation
-_LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+# how much of red, green and blue a channel is, and where its windows lie, in px down and right
+_WINDOWS = (((0.7, 0.15, 0.15), (0, 0)), ((0.15, 0.7, 0.15), (0, 4)),
+            ((0.15, 0.15, 0.7), (4, 0)), ((1 / 3, 1 / 3, 1 / 3), (4, 4)))
 
 
 def anchor_of(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in 0..1, sides multiples of 8 -> small pictures (B, 4, H/8, W/8).
 
-    Red, green and blue in -1..1, averaged over each 8 x 8 px, and the brightness averaged over
-    8 x 8 windows that are shifted 4 px down and right, edges repeated; times 1.5.
+    Means over windows of 8 x 8 px of colours in -1..1, times 1.5. Each channel has windows of its
+    own, shifted by half of one from the others', with edges repeated, and a mixture of its own:
+    mostly red, mostly green, mostly blue, and grey. So colours are told apart where they are plain,
+    and an edge is seen from windows 4 px apart: twice the resolution of the latents.
     """
     signed = (images * 2 - 1) * _GAIN
-    luma = (signed * signed.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
     half = DOWNSCALE // 2
-    between = F.pad(luma, (0, half, 0, half), mode="replicate")[:, :, half:, half:]
-    return torch.cat([F.avg_pool2d(signed, DOWNSCALE), F.avg_pool2d(between, DOWNSCALE)], 1)
+    height, width = images.shape[-2:]
+    mixed = torch.einsum("kc,bchw->bkhw", signed.new_tensor([mix for mix, _ in _WINDOWS]), signed)
+    mixed = F.pad(mixed, (0, half, 0, half), mode="replicate")
+    return torch.cat([
+        F.avg_pool2d(mixed[:, k:k + 1, down:down + height, right:right + width], DOWNSCALE)
+        for k, (_, (down, right)) in enumerate(_WINDOWS)], 1)
 
 
 class Autoencoder(nn.Module):
