@@ -13,7 +13,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..sampling.schedule import _per_sample, alphas_cumprod, betas, noise_levels
+from ..sampling.schedule import (
+    NUM_TRAIN_TIMESTEPS,
+    _per_sample,
+    alphas_cumprod,
+    betas,
+    noise_levels,
+)
 
 _PIXEL = 1.0 / 255.0  # half a step of an 8-bit picture scaled to -1..1, for the last decoder step
 
@@ -46,6 +52,19 @@ def noise_loss(eps: Tensor, noise: Tensor, t: Tensor, weight_clip: float | None 
         return error
     signal, _ = noise_levels(t)  # 1 / SNR = 1 / alpha-bar - 1
     return error * (signal**-2 - 1 + weight_floor).clamp(max=weight_clip).to(error.dtype)
+
+
+def focused_timesteps(uniform: Tensor, mean: float, deviation: float) -> Tensor:
+    """Timesteps whose t / 1000 is logit-normal (Esser et al., arXiv 2403.03206, equation 19).
+
+    `uniform` (B,) in [0, 1), float64, -> (B,) int64. Between pure noise, in which nothing can be
+    seen, and a nearly clean picture, where nothing is left to decide, a model learns what the
+    caption's words look like: mean 0.1 and deviation 0.8 put two thirds of the draws into 350 to
+    700.
+    """
+    normal = torch.special.ndtri(uniform.clamp(min=torch.finfo(uniform.dtype).eps))
+    share = torch.sigmoid(mean + deviation * normal)
+    return (share * NUM_TRAIN_TIMESTEPS).long().clamp(max=NUM_TRAIN_TIMESTEPS - 1)
 
 
 def variance_loss(out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ...config import METADATA_KEY
 from ...model import PixArtTransformer
 from ...sampling.schedule import NUM_TRAIN_TIMESTEPS, add_noise
 from ..batch import Batch, Conditions
-from ..diffusion import noise_loss, variance_loss
+from ..diffusion import focused_timesteps, noise_loss, variance_loss
 from ..draws import Draws
 from ..ema import averaged_copy, update_average, warmed_decay
 from ..initialize import transformer_to_train
@@ -28,6 +28,8 @@ class BaseSettings(DenoiserSettings):
     kv_compression: sampling, factor and layers of KV compression to switch on.
     learn_variance: train the other half of the output too.
     weight_clip, weight_floor: see `noise_loss`; null weighs all timesteps the same.
+    timestep_focus: mean and deviation of the logit of t / 1000, see `focused_timesteps`; null
+        draws all timesteps as often, as the released code does.
     """
 
     model: dict | Path
@@ -35,9 +37,13 @@ class BaseSettings(DenoiserSettings):
     learn_variance: bool = True
     weight_clip: float | None = None
     weight_floor: float = 1.0
+    timestep_focus: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.timestep_focus is not None and not self.timestep_focus[1] > 0:
+            raise ValueError(f"timestep_focus is {list(self.timestep_focus)}; its second number, "
+                             "the deviation, must be above 0")
         if self.weight_floor < 0:
             raise ValueError(f"weight_floor is {self.weight_floor}; use 0 or more")
         if self.weight_floor != 1 and self.weight_clip is None:
@@ -46,7 +52,10 @@ class BaseSettings(DenoiserSettings):
 
 
 class Base(DenoiserRecipe):
-    """epsilon and variance of x_t = sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise, t uniform."""
+    """epsilon and variance of x_t = sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise.
+
+    t is uniform unless `timestep_focus` says otherwise.
+    """
 
     name = "base"
     settings: BaseSettings
@@ -62,7 +71,7 @@ class Base(DenoiserRecipe):
         self.average = averaged_copy(model) if settings.ema_decay is not None else None
 
     def loss(self, trained: nn.Module, batch: Batch, draws: Draws) -> Losses:
-        t = draws.integers(NUM_TRAIN_TIMESTEPS)
+        t = self._timesteps(draws)
         noise = draws.noise(batch.latents)
         conditions = self.conditions(batch, self.dropped(draws))
         x = add_noise(batch.latents, noise, t)
@@ -73,6 +82,12 @@ class Base(DenoiserRecipe):
             return Losses(error, {"noise": error})
         bound = variance_loss(out, batch.latents, x, t).mean()
         return Losses(error + bound, {"noise": error, "variance": bound})
+
+    def _timesteps(self, draws: Draws) -> Tensor:
+        focus = self.settings.timestep_focus
+        if focus is None:
+            return draws.integers(NUM_TRAIN_TIMESTEPS)
+        return focused_timesteps(draws.uniform(), *focus)
 
     def after_step(self, step: int) -> None:
         if self.average is not None:
