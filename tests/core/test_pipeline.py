@@ -162,7 +162,7 @@ def test_image_to_image_keeps_the_picture(pipe):
         assert (_as_tensor(kept) - _as_tensor(image)).abs().mean() < 0.1  # FIGURES
     away = pipe.generate(PROMPT, image=image, strength=1.0, steps=20, guidance=STARTER.guidance)
     seen = detect(_as_tensor(away))
-    assert seen.background == "blue" and seen.objects[0].color == "red"
+    assert seen.background == "blue" and seen.objects[0].color == "red"  # FIGURES
     large = pipe.generate(prompt, image=image.resize((200, 100)), strength=0.3, steps=2)
     assert large.size == (128, 128)
 

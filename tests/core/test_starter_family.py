@@ -20,7 +20,7 @@ def test_the_4_bit_student_is_the_student():
     student, packed = (pc.load_transformer(path, dtype=torch.float32)
                        for path in (STARTER.lcm, STARTER.lcm_svdquant))
     assert packed.config == student.config
-    assert STARTER.lcm_svdquant.stat().st_size < 0.6 * STARTER.lcm.stat().st_size
+    assert STARTER.lcm_svdquant.stat().st_size < 0.6 * STARTER.lcm.stat().st_size  # FIGURES
     assert {m.packing for m in packed.modules() if getattr(m, "packing", None)} == {"svdquant_w4a4"}
     encoder = pc.text.T5TextEncoder.from_path(STARTER.t5_file, dtype=torch.float32)
     caption, mask = encoder([PROMPT], max_tokens=student.config.max_tokens)
