@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..vae import DOWNSCALE
 from .data.images import find_images, load_picture, picture_size
 from .draws import Draws, mix_seed
 
@@ -31,13 +32,14 @@ class Pictures:
 class PictureSamples:
     """Square crops of `crop` px of every image below a folder, epoch after epoch.
 
-    Images are as large as they are; one that is smaller than the crop is enlarged to it. What is
+    Images are as large as they are; one that is smaller than the crop is enlarged to it. Crops
+    start at multiples of 8 px, so that a VAE's cells fall on them as on the whole image. What is
     cut out follows from the seed and the sample's number. Captions are not needed. Raises
     ValueError for a folder without images or images that cannot be read.
     """
 
     def __init__(self, folder: str | Path, crop: int, seed: int = 0) -> None:
-        if crop < 8 or crop % 8:
+        if crop < DOWNSCALE or crop % DOWNSCALE:
             raise ValueError(f"crop is {crop}; use a multiple of 8 px")
         self.folder, self.crop, self.seed = Path(folder), crop, seed
         self.paths = find_images(folder)
@@ -64,6 +66,6 @@ class PictureSamples:
         grow = max(1.0, self.crop / min(height, width))
         height, width = round(height * grow), round(width * grow)
         picture = load_picture(path, height, width).float() / 255
-        top, left = (int(part * (side - self.crop + 1))
+        top, left = (int(part * ((side - self.crop) // DOWNSCALE + 1)) * DOWNSCALE
                      for part, side in ((down, height), (right, width)))
         return picture[:, top:top + self.crop, left:left + self.crop]

@@ -59,6 +59,18 @@ def test_crops_follow_seed_and_number(folder):
     assert not torch.equal(whole.images, PictureSamples(folder, 32, seed=4).batch(0, 6).images)
 
 
+def test_crops_start_on_latent_cells(tmp_path):
+    """Protects shapes of aligned scenes: a VAE sees them on its cells as in whole pictures."""
+    columns = torch.arange(100).expand(60, 100)
+    rows = torch.arange(60)[:, None].expand(60, 100)
+    pixels = torch.stack([columns, rows, columns], 2).byte()
+    Image.fromarray(pixels.numpy()).save(tmp_path / "places.png")
+    crops = PictureSamples(tmp_path, 32).batch(0, 24).images
+    starts = (crops[:, :2, 0, 0] * 255).round()  # (24, 2): right, down
+    assert not (starts % 8).any()
+    assert set(starts[:, 0].tolist()) == {8.0 * k for k in range(9)}  # all of 0 to 68
+
+
 def test_crops_that_no_picture_can_give_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="crop is 30"):
         PictureSamples(folder, 30)
