@@ -17,10 +17,11 @@ from pixart_core.training.consistency import (
     hop_timesteps,
     pseudo_huber,
 )
-from pixart_core.training.diffusion import noise_loss, variance_loss
+from pixart_core.training.diffusion import focused_timesteps, noise_loss, variance_loss
 from pixart_core.training.draws import Draws, mix_seed
 from pixart_core.training.ema import averaged_copy, update_average, warmed_decay
 from pixart_core.training.recipes import recipe_settings
+from pixart_core.training.recipes.base import Base
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "lcd_targets.safetensors")
 
@@ -75,6 +76,35 @@ def test_noise_loss_weighs_timesteps():
                 ) / signal.sqrt()  # what eps makes of noise over nothing
     of_pictures = noise_loss(eps, noise, t, weight_clip=1e9, weight_floor=0.0)
     assert torch.allclose(of_pictures, (pictures**2).mean((1, 2, 3)), rtol=1e-4)
+
+
+def test_focused_timesteps_are_logit_normal():
+    """Protects where training looks: quantiles of t / 1000 are those of sigmoid(mean + deviation
+    z) with the standard normal's z, ends stay timesteps."""
+    z = torch.tensor([-1.6449, -0.6745, 0.0, 0.6745, 1.6449], dtype=torch.float64)
+    quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    wanted = 1000 / (1 + torch.exp(-(0.2 + 0.8 * z)))
+    found = focused_timesteps(quantiles, 0.2, 0.8)
+    assert found.dtype == torch.int64
+    assert ((found + 0.5) - wanted).abs().max() < 1
+    ends = focused_timesteps(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 0.2, 3.0)
+    assert ends.tolist() == [0, 999]
+
+
+def test_a_run_draws_the_timesteps_it_is_told_to(tmp_path):
+    """Protects the setting: with it and without, from the same draws."""
+    class Bare(Base):
+        def __init__(self, focus):
+            self.settings = recipe_settings("base", {
+                "out": tmp_path, "data": tmp_path, "model": {}, "timestep_focus": focus})
+
+    draws = [Draws(0, range(2000)) for _ in range(2)]
+    focused, plain = (Bare(focus)._timesteps(own).double()
+                      for focus, own in zip(([0.1, 0.5], None), draws, strict=True))
+    assert 0.6 < ((focused > 350) & (focused < 700)).double().mean() < 0.9
+    assert 0.3 < ((plain > 350) & (plain < 700)).double().mean() < 0.4
+    with pytest.raises(ValueError, match=r"timestep_focus is \[0.1, 0.0\]; its second number"):
+        Bare([0.1, 0.0])
 
 
 @pytest.mark.parametrize("weights", [{"weight_floor": 0.0},
