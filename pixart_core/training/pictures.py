@@ -40,7 +40,7 @@ class PictureSamples:
 
     def __init__(self, folder: str | Path, crop: int, seed: int = 0) -> None:
         if crop < DOWNSCALE or crop % DOWNSCALE:
-            raise ValueError(f"crop is {crop}; use a multiple of 8 px")
+            raise ValueError(f"crop is {crop}; use a multiple of {DOWNSCALE} px")
         self.folder, self.crop, self.seed = Path(folder), crop, seed
         self.paths = find_images(folder)
         self._epoch: tuple[int, Tensor] | None = None  # the order that was asked for last

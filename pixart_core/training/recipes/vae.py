@@ -68,9 +68,10 @@ class VAESettings(RunSettings):
 
 
 _GAIN = 1.5  # brings plain colours in -1..1 to about unit deviation
+_HALF = DOWNSCALE // 2
 # how much of red, green and blue a channel is, and where its windows lie, in px down and right
-_WINDOWS = (((0.7, 0.15, 0.15), (0, 0)), ((0.15, 0.7, 0.15), (0, 4)),
-            ((0.15, 0.15, 0.7), (4, 0)), ((1 / 3, 1 / 3, 1 / 3), (4, 4)))
+_WINDOWS = (((0.7, 0.15, 0.15), (0, 0)), ((0.15, 0.7, 0.15), (0, _HALF)),
+            ((0.15, 0.15, 0.7), (_HALF, 0)), ((1 / 3, 1 / 3, 1 / 3), (_HALF, _HALF)))
 
 
 def anchor_of(images: Tensor) -> Tensor:
@@ -82,10 +83,9 @@ def anchor_of(images: Tensor) -> Tensor:
     and an edge is seen from windows 4 px apart: twice the resolution of the latents.
     """
     signed = (images * 2 - 1) * _GAIN
-    half = DOWNSCALE // 2
     height, width = images.shape[-2:]
     mixed = torch.einsum("kc,bchw->bkhw", signed.new_tensor([mix for mix, _ in _WINDOWS]), signed)
-    mixed = F.pad(mixed, (0, half, 0, half), mode="replicate")
+    mixed = F.pad(mixed, (0, _HALF, 0, _HALF), mode="replicate")
     return torch.cat([
         F.avg_pool2d(mixed[:, k:k + 1, down:down + height, right:right + width], DOWNSCALE)
         for k, (_, (down, right)) in enumerate(_WINDOWS)], 1)
