@@ -1,1 +1,1 @@
-"""Commands that measure, and the scenes the starter models are trained and judged on."""
+"""Commands that measure, and the held-out scenes that the starter models are judged on."""

@@ -37,6 +37,7 @@ from .measure import MIB, command, interleave, machine, peak_memory, show, table
 CPU = torch.device("cpu")
 T5_XXL = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128)
 PROMPTS = ("a large red circle on a blue background", "a small star in the corner", "")
+TOKENS = 40  # of the starter's longest prompt
 TIMESTEPS = torch.linspace(20, 980, 8).round()
 _BITS = {"F32": 32, "F16": 16, "BF16": 16}
 _EXAMPLE = "Q8_0"  # what is quantised at all is the same for every block format
@@ -141,14 +142,16 @@ def _predict(model: pc.PixArtTransformer, caption: Tensor) -> Tensor:
     side = model.config.image_size // 8
     x = torch.randn(len(TIMESTEPS), model.config.in_channels, side, side,
                     generator=torch.Generator().manual_seed(0))
-    out = model(x, TIMESTEPS, caption.expand(len(x), -1, -1))
+    size = torch.full((len(x), 2), float(model.config.image_size))
+    out = model(x, TIMESTEPS, caption.expand(len(x), -1, -1), image_size=size,
+                aspect_ratio=size[:, :1] / size[:, 1:])
     return out[:, :model.config.in_channels]
 
 
 def _encode(path: Path) -> Tensor:
     """The states of every token of PROMPTS (N, D)."""
     file = read_t5(path, torch.float32)
-    states, mask = T5TextEncoder(build_encoder(file), file.tokenizer())(PROMPTS, 24)
+    states, mask = T5TextEncoder(build_encoder(file), file.tokenizer())(PROMPTS, TOKENS)
     return states[mask]
 
 

@@ -1,25 +1,31 @@
 """Held-out prompts through a real ComfyUI with these nodes and the starter weights, scored.
 
 `python -m benchmarks.host_starter --comfyui PATH` starts the server itself (see
-tests/host/launch.py), samples every prompt twice (20 steps of KSampler with guidance, 4 steps of
-PixArt LCM Sampler) and prints the share of pictures with each attribute right.
+tests/host/launch.py), samples every prompt three times (20 steps of KSampler with guidance on the
+alpha and on the Sigma model, 4 steps of PixArt LCM Sampler) and prints the share of pictures with
+each attribute right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from pixart_core.starter import Starter
+from pixart_core.training.evaluate import Prompt, held_out_prompts, report
+from pixart_core.training.scenes import ATTRIBUTES, Scene
+
+from .held_out import SCENES
 from .host_server import (
     REPOSITORY,
     Graph,
@@ -29,41 +35,51 @@ from .host_server import (
     find_installation,
     started,
 )
-from .scenes import Scene, caption, sample_scene
-from .score import ATTRIBUTES, report
 
-STARTER = {"diffusion_models": ("pixart_starter", "pixart_starter_lcm"),
-           "text_encoders": ("t5_starter",), "vae": ("vae_starter",)}
-SIZE = 64
+ALPHA, SIGMA, LCM = "pixart_starter", "pixart_starter_sigma", "pixart_starter_lcm"
+STARTER = {"diffusion_models": (ALPHA, SIGMA, LCM), "text_encoders": ("t5_starter",),
+           "vae": ("vae_starter",)}
+GUIDANCE = Starter.guidance
 
 
-def ksampler_graph(text: str, seed: int) -> Graph:
-    """20 steps of DPM-Solver++ (2M), simple schedule, guidance 4.5."""
-    graph = Graph()
-    model = graph.add("PixArtLoader", model_name="pixart_starter.safetensors")
-    clip = graph.add("PixArtT5Loader", t5_name="t5_starter.safetensors")
+def ksampler_graph(prompt: Prompt, seed: int, name: str = ALPHA) -> Graph:
+    """20 steps of DPM-Solver++ (2M), simple schedule, with guidance."""
+    graph, model, clip = _loaders(name)
     return _picture(graph, graph.add(
-        "KSampler", model=model, seed=seed, steps=20, cfg=4.5, sampler_name="dpmpp_2m",
-        scheduler="simple", denoise=1.0, positive=_encode(graph, clip, model, text),
-        negative=_encode(graph, clip, model, ""), latent_image=_empty(graph),
+        "KSampler", model=model, seed=seed, steps=20, cfg=GUIDANCE, sampler_name="dpmpp_2m",
+        scheduler="simple", denoise=1.0,
+        positive=_encode(graph, clip, model, prompt.caption.text),
+        negative=_encode(graph, clip, model, ""), latent_image=_empty(graph, prompt.scene),
     ))
 
 
-def lcm_graph(text: str, seed: int) -> Graph:
+def sigma_graph(prompt: Prompt, seed: int) -> Graph:
+    """The same with the Sigma model, on the same VAE and T5."""
+    return ksampler_graph(prompt, seed, SIGMA)
+
+
+def lcm_graph(prompt: Prompt, seed: int) -> Graph:
     """4 steps of the consistency-distilled weights, no guidance."""
-    graph = Graph()
-    model = graph.add("PixArtLoader", model_name="pixart_starter_lcm.safetensors")
-    clip = graph.add("PixArtT5Loader", t5_name="t5_starter.safetensors")
+    graph, model, clip = _loaders(LCM)
     return _picture(graph, graph.add(
-        "PixArtLCMSampler", model=model, positive=_encode(graph, clip, model, text),
-        latent=_empty(graph), seed=seed, steps=4, strength=1.0,
+        "PixArtLCMSampler", model=model, seed=seed, steps=4, strength=1.0,
+        positive=_encode(graph, clip, model, prompt.caption.text),
+        latent=_empty(graph, prompt.scene),
     ))
 
 
-METHODS: dict[str, Callable[[str, int], Graph]] = {
-    "KSampler dpmpp_2m simple, 20 steps, cfg 4.5": ksampler_graph,
+Method = Callable[[Prompt, int], Graph]
+METHODS: dict[str, Method] = {
+    f"KSampler dpmpp_2m simple, 20 steps, cfg {GUIDANCE:g}": ksampler_graph,
+    "the same, Sigma": sigma_graph,
     "PixArtLCMSampler, 4 steps": lcm_graph,
 }
+
+
+def _loaders(name: str) -> tuple[Graph, Node, Node]:
+    graph = Graph()
+    model = graph.add("PixArtLoader", model_name=f"{name}.safetensors")
+    return graph, model, graph.add("PixArtT5Loader", t5_name="t5_starter.safetensors")
 
 
 def _encode(graph: Graph, clip: Node, model: Node, text: str) -> Node:
@@ -71,8 +87,8 @@ def _encode(graph: Graph, clip: Node, model: Node, text: str) -> Node:
                      max_tokens=300)
 
 
-def _empty(graph: Graph) -> Node:
-    return graph.add("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=1)
+def _empty(graph: Graph, scene: Scene) -> Node:
+    return graph.add("EmptyLatentImage", width=scene.width, height=scene.height, batch_size=1)
 
 
 def _picture(graph: Graph, latent: Node) -> Graph:
@@ -82,24 +98,17 @@ def _picture(graph: Graph, latent: Node) -> Graph:
     return graph
 
 
-def held_out_prompts(count: int, seed: int) -> tuple[list[Scene], list[str]]:
-    """Scenes of attribute combinations that the starter never saw, and their full captions."""
-    rng = random.Random(seed)
-    scenes = [sample_scene(rng, True) for _ in range(count)]
-    return scenes, [caption(scene, rng, full=True) for scene in scenes]
-
-
-def sample(host: Host, method: Callable[[str, int], Graph],
-           texts: Sequence[str]) -> tuple[list[Tensor], list[float]]:
+def sample(host: Host, method: Method,
+           prompts: Sequence[Prompt]) -> tuple[list[Tensor], list[float]]:
     """A picture (3, H, W) in 0..1 and the seconds it took, for each prompt; seed i for the i-th."""
     images, seconds = [], []
-    for i, text in enumerate(texts):
-        result = host.run(method(text, i))
+    for i, prompt in enumerate(prompts):
+        result = host.run(method(prompt, i))
         [saved] = result.images("SaveImage")
         images.append(_to_tensor(host.picture(saved)))
         seconds.append(result.seconds)
         if sys.stderr.isatty():
-            print(f"\r{i + 1} of {len(texts)}\r", end="", file=sys.stderr, flush=True)
+            print(f"\r{i + 1} of {len(prompts)}\r", end="", file=sys.stderr, flush=True)
     return images, seconds
 
 
@@ -117,21 +126,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     installation = find_installation(parser, options.comfyui)
 
-    scenes, texts = held_out_prompts(options.prompts, options.seed)
-    scores = {}
+    prompts = held_out_prompts(options.prompts, options.seed, SCENES)
+    scores: dict[str, dict[str, Any]] = {}
     print(f"ComfyUI {installation.version}, {options.prompts} held-out prompts, "
           f"seed {options.seed}")
-    print(f"{'':45}{'all':>7}" + "".join(f"{name:>7}" for name in ATTRIBUTES) + "  s/picture")
+    print(f"{'':45}" + "".join(f"{name:>12}" for name in ("all", *ATTRIBUTES)) + "  s/picture")
     with started(installation, () if options.gpu else ("--cpu",)) as host:
         for folder, names in STARTER.items():
             for name in names:
                 host.add_model(folder, REPOSITORY / "starter" / folder / f"{name}.safetensors")
         for label, method in METHODS.items():
-            images, seconds = sample(host, method, texts)
-            mean = scores[label] = report(scenes, images)["all"]
-            mean["seconds"] = statistics.median(seconds)
-            print(f"{label:45}" + "".join(f"{mean[name]:7.1%}" for name in ("all", *ATTRIBUTES))
-                  + f"{mean['seconds']:11.2f}")
+            images, seconds = sample(host, method, prompts)
+            found = report([p.scene for p in prompts], images, [p.caption.named for p in prompts])
+            median = statistics.median(seconds)
+            scores[label] = {**found.to_dict()["all"], "seconds": median}
+            shares = found.rows["all"]
+            print(f"{label:45}" + "".join(f"{shares[name].mean:12.1%}"
+                                          for name in ("all", *ATTRIBUTES)) + f"{median:11.2f}")
     if options.json:
         entry = {"comfyui": installation.version, "prompts": options.prompts,
                  "seed": options.seed, "scores": scores}

@@ -28,8 +28,9 @@ from pixart_core.training.evaluate import (
     held_out_prompts,
     report,
 )
-from pixart_core.training.scenes import SceneSettings, draw_scene, full_caption
+from pixart_core.training.scenes import draw_scene, full_caption
 
+from .held_out import SCENES
 from .measure import MIB, command, machine, table, versions
 
 CPU = torch.device("cpu")
@@ -42,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     options = _arguments().parse_args(argv)
     starter = find_starter()
     source = starter.lcm if options.lcm else starter.transformer
-    prompts = held_out_prompts(options.prompts, settings=SceneSettings(starter.image_size))
-    settings = DrawSettings(steps=options.steps, seed=options.seed)
+    prompts = held_out_prompts(options.prompts, settings=SCENES)
+    settings = DrawSettings(steps=options.steps, seed=options.seed,
+                            guidance=None if options.lcm else starter.guidance)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         original, words = _drawn(starter, source, prompts, settings, options.dtype)
@@ -86,7 +88,7 @@ def _quantize(label: str, starter: Starter, source: Path, target: Path, folder: 
     arguments = EXTRA.get(label, ["--method", label])
     if "svdquant" in label:
         words = folder / "captions.txt"
-        scenes = [draw_scene(7, i, SceneSettings(starter.image_size)) for i in range(16)]
+        scenes = [draw_scene(7, i, SCENES) for i in range(16)]
         words.write_text("\n".join(full_caption(s, 7, i) for i, s in enumerate(scenes)))
         arguments = [*arguments, "--t5", str(starter.t5_file), "--prompts", str(words),
                      "--count", str(len(scenes))]

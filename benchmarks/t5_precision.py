@@ -30,9 +30,9 @@ from pixart_core.text.encoder import build_encoder
 from pixart_core.text.t5_file import T5Config, expected_shapes
 from pixart_core.text.t5_quant_file import write_quantized_t5
 from pixart_core.training.evaluate import DrawSettings, Prompt, draw_pictures, held_out_prompts
-from pixart_core.training.scenes import SceneSettings
 
 from .gguf import T5_XXL
+from .held_out import SCENES
 from .measure import MIB, command, machine, peak_memory, table, versions
 from .quantized import psnr
 
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 def starter(options: argparse.Namespace) -> str:
     """Errors of states and pictures of the starter family."""
-    prompts = held_out_prompts(options.prompts,
-                               settings=SceneSettings(find_starter().image_size))
-    settings = DrawSettings(steps=options.steps, seed=options.seed)
+    prompts = held_out_prompts(options.prompts, settings=SCENES)
+    settings = DrawSettings(steps=options.steps, seed=options.seed,
+                            guidance=find_starter().guidance)
     rows = []
     for precision in PRECISIONS:
         states, pictures, size = _drawn(precision, prompts, settings)

@@ -63,8 +63,8 @@ def generate(
     steps: Annotated[int | None, flag(
         help="Sampling steps. [20; 25 with SA-Solver, 4 with LCM, 1 with DMD]")] = None,
     guidance: Annotated[float | None, flag(
-        help="How closely to follow the prompt; 1 is none. [4.5; 3 with SA-Solver, 1 with LCM and "
-             "DMD]")] = None,
+        help="How closely to follow the prompt; 1 is none. [4.5; 3 with the starter model and "
+             "SA-Solver, 1 with LCM and DMD]")] = None,
     seed: Annotated[int | None, flag(help="Another seed, another picture. [0]")] = None,
     width: Annotated[int | None, flag(
         help="Pixels, a multiple of 8. [the model's training size]")] = None,
@@ -127,8 +127,8 @@ def generate(
 ) -> None:
     """Draw a picture from a prompt.
 
-    Without --model it draws with the small starter model (64 px, one coloured shape on a coloured
-    background), so that it works right after installation.
+    Without --model it draws with the small starter model (128 px, one coloured shape on a coloured
+    background, guidance 3), so that it works right after installation.
     """
     with plain_errors():
         if prompt is None and like is None and embeddings is None:
@@ -199,6 +199,14 @@ def _settings(recorded: dict[str, Any], given: dict[str, Any]) -> Settings:
     return Settings.from_dict(fields)
 
 
+def _with_guidance(settings: Settings, sources: Sources) -> Settings:
+    """The settings with the transformer's own guidance, where its own sampler runs and none was
+    asked for."""
+    if settings.guidance is None and settings.sampler in ("auto", "dpm"):
+        return dataclasses.replace(settings, guidance=sources.guidance)
+    return settings
+
+
 def _check_captions(settings: Settings, sources: Sources, fields: dict[str, Any]) -> None:
     """Without a T5, ask for the captions that its model will want before any model is loaded."""
     if sources.text_encoder or sources.negative_embeddings is not None:
@@ -207,7 +215,8 @@ def _check_captions(settings: Settings, sources: Sources, fields: dict[str, Any]
     from ..load import read_transformer
 
     config = read_transformer(sources.transformer, fields).config  # no weight is read
-    Captions(None, config.caption_channels).check(settings.resolve(config), sources.embeddings)
+    settings = _with_guidance(settings, sources).resolve(config)
+    Captions(None, config.caption_channels).check(settings, sources.embeddings)
 
 
 def _free_name() -> Path:
@@ -242,7 +251,7 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
 
     if sources.starter:
         console.print("no model named: drawing with the starter model, which knows one coloured "
-                      "shape on a coloured background at 64 px", style="dim", soft_wrap=True)
+                      "shape on a coloured background at 128 px", style="dim", soft_wrap=True)
     with progress_bars(errors, hidden=True) as progress:
         task = progress.add_task("loading", total=None)
         pipeline = Pipeline.from_files(
@@ -251,7 +260,7 @@ def _draw(settings: Settings, sources: Sources, hashes: dict[str, Any], override
             loras=[(lora.read(), lora.strength) for lora in sources.loras],
             text_encoder=sources.text_encoder, dtype=DTYPES[dtype], device=device,
             t5_precision=text.precision, keep_t5=False, text_cache=text.cache, **overrides)
-        settings = settings.resolve(pipeline.config)
+        settings = _with_guidance(settings, sources).resolve(pipeline.config)
         progress.update(task, description="drawing", total=len(settings.timesteps()))
         picture = pipeline.run(
             settings, image=sources.open_image(),

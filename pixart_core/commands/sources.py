@@ -21,7 +21,10 @@ TILE = 1024  # pixels of the squares that edges of large pictures are found in
 
 @dataclass(frozen=True)
 class Sources:
-    """Model files, and the picture to start from; `starter` where nobody named a model."""
+    """Model files, and the picture to start from; `starter` where nobody named a model.
+
+    `guidance` is what the transformer draws best with, where it is known.
+    """
 
     transformer: Path
     t5: Path | None
@@ -29,6 +32,7 @@ class Sources:
     tokenizer: Path | None
     image: Path | None
     starter: bool = False
+    guidance: float | None = None
     controlnet: Path | None = None
     control_image: Path | None = None
     hed: Path | None = None
@@ -144,7 +148,7 @@ def choose_files(model: Path | None, t5: Path | None, tokenizer: Path | None, va
     drawn_with = recorded.get("files", {}).get("transformer", {}).get("name")
     student = lcm or drawn_with == starter.lcm.name
     return Sources(starter.lcm if student else starter.transformer, starter.t5, starter.vae,
-                   None, image, starter=True)
+                   None, image, starter=True, guidance=None if student else starter.guidance)
 
 
 def file_hashes(sources: Sources) -> dict[str, dict[str, str]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .components import connected, grown, largest_parts
-from .scenes.draw import LARGE_ALONE, LARGE_BESIDE, SMALL
+from .scenes.draw import LARGE_ALONE, LARGE_BESIDE, SMALL_ALONE, SMALL_BESIDE
 from .scenes.scene import COLORS, SHAPES
 from .scenes.shapes import EXTENTS, signed_distance
 
@@ -85,7 +85,8 @@ class Parts:
 
 def size_word(radius: float, length: float, alone: bool) -> str:
     """What a radius is called in a picture of root area `length`; large is less beside others."""
-    border = (SMALL[1] + (LARGE_ALONE if alone else LARGE_BESIDE)[0]) / 2
+    small, large = (SMALL_ALONE, LARGE_ALONE) if alone else (SMALL_BESIDE, LARGE_BESIDE)
+    border = (small[1] + large[0]) / 2
     return "large" if radius > border * length else "small"
 
 

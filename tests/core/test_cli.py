@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers")
 typer_testing = pytest.importorskip("typer.testing")
 
+from model_inputs import sizes  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import pixart_core  # noqa: E402
@@ -19,10 +20,11 @@ from pixart_core.cli import app  # noqa: E402
 from pixart_core.config import METADATA_KEY  # noqa: E402
 from pixart_core.png import read_settings, write_png  # noqa: E402
 from pixart_core.starter import find_starter  # noqa: E402
+from pixart_core.training.evaluate import detect  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 STARTER = find_starter()
-PROMPT = "a large red circle on a blue background"
+PROMPT = "a large red circle in the centre on a blue background"
 NAMED = ["--model", str(STARTER.transformer), "--t5", str(STARTER.t5_file), "--vae",
          str(STARTER.vae)]
 
@@ -79,22 +81,21 @@ def test_the_program_draws_what_it_is_asked(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "starter model" in done.stdout and "out.png" in done.stdout
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     import numpy
 
-    from benchmarks import score
-
     image = torch.from_numpy(numpy.array(Image.open(out))).permute(2, 0, 1).float() / 255
-    seen = score.detect(image)
-    assert seen["bg"] == "blue" and len(seen["objs"]) == 1
-    assert seen["objs"][0]["color"] == "red" and seen["objs"][0]["r"] > 12.6
+    assert image.shape == (3, STARTER.image_size, STARTER.image_size)
+    seen = detect(image)
+    assert seen.background == "blue" and len(seen.objects) == 1  # FIGURES
+    assert (seen.objects[0].color, seen.objects[0].size) == ("red", "large")  # FIGURES
+    kept = read_settings(out)
+    assert (kept["guidance"], kept["steps"]) == (STARTER.guidance, STARTER.steps)
 
 
 def test_a_picture_is_drawn_again_exactly(run, tmp_path):
     """Protects --like: the same bytes from the settings alone; options change what they name."""
     first = run("generate", PROMPT, "-o", "a.png", "--steps", 3, "--guidance", 2, "--seed", 9,
-                "--negative", "star", "--no-clean", "--width", 72)
+                "--negative", "star", "--no-clean", "--width", 72, "--height", 64)
     assert first.exit_code == 0, first.output
     again = run("generate", "--like", "a.png", "-o", "b.png")
     assert again.exit_code == 0, again.output
@@ -199,8 +200,9 @@ def test_version(run):
 @pytest.mark.parametrize(
     ("path", "words"),
     [(STARTER.transformer, ["PixArt transformer", "native", "num_heads", "metadata pixart_config",
-                            "3,947,360", "float16", "alpha", "0 to 4", "shapes"]),
+                            "float16", "alpha", "0 to 8", "shapes"]),
      (STARTER.lcm, ["distilled", "lcm"]),
+     (STARTER.sigma, ["PixArt transformer", "sigma", "kv_compression", "0 to 8", "0.13025"]),
      (STARTER.t5, ["T5 text encoder", "d_model", "128", "tokenizer"]),
      (STARTER.t5_file, ["T5 text encoder"]),
      (STARTER.vae, ["TAESD", "encoder and decoder", "0.18215"])],
@@ -261,7 +263,7 @@ def test_convert_round_trip_draws_the_same(run):
     """Protects conversion: .pth -> file -> diffusers folder -> file, and the same picture."""
     weights = load_file(str(STARTER.transformer))
     torch.save({"state_dict": weights, "epoch": 1}, "trained.pth")
-    heads = ("--set", "num_heads=6", "--set", "variant=alpha", "--set", "image_size=64")
+    heads = ("--set", "num_heads=6", "--set", "variant=alpha", "--set", "image_size=128")
     for source, target, *more in (("trained.pth", "a.safetensors", *heads),
                                   ("a.safetensors", "folder"),
                                   ("folder", "b.safetensors")):
@@ -273,7 +275,7 @@ def test_convert_round_trip_draws_the_same(run):
     names = load_file("folder/diffusion_pytorch_model.safetensors")
     assert "adaln_single.linear.weight" in names
     config = json.loads(Path("folder/config.json").read_text())
-    assert (config["num_attention_heads"], config["sample_size"]) == (6, 8)
+    assert (config["num_attention_heads"], config["sample_size"]) == (6, 16)
     assert sorted(p.name for p in Path("folder").iterdir()) == [
         "config.json", "diffusion_pytorch_model.safetensors"]
 
@@ -286,13 +288,15 @@ def test_a_converted_folder_is_diffusers_own(run):
     theirs = diffusers.PixArtTransformer2DModel.from_pretrained("folder").eval()
     ours = pixart_core.load_transformer("folder")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, 8, 8, generator=generator)
+    x = torch.randn(1, 4, 16, 16, generator=generator)
+    size = sizes(x)
     caption = torch.randn(1, 5, 128, generator=generator)
     t = torch.tensor([500])
     with torch.no_grad():
-        wanted = theirs(x, caption, t, added_cond_kwargs={"resolution": None,
-                                                          "aspect_ratio": None}).sample
-        assert torch.allclose(ours(x, t, caption), wanted, atol=1e-4 * wanted.std().item())
+        wanted = theirs(x, caption, t, added_cond_kwargs={
+            "resolution": size["image_size"], "aspect_ratio": size["aspect_ratio"]}).sample
+        found = ours(x, t, caption, **size)
+        assert torch.allclose(found, wanted, atol=1e-4 * wanted.std().item())
 
 
 def test_convert_dtype_metadata_and_averages(run):
@@ -302,7 +306,7 @@ def test_convert_dtype_metadata_and_averages(run):
     weights = load_file(str(STARTER.transformer))
     averaged = {name: tensor * 0.5 for name, tensor in weights.items()}
     torch.save({"state_dict": weights, "state_dict_ema": averaged}, "both.pth")
-    known = ("--set", "num_heads=6", "--set", "variant=alpha", "--set", "image_size=64")
+    known = ("--set", "num_heads=6", "--set", "variant=alpha", "--set", "image_size=128")
     for more, factor in (((), 1.0), (("--ema",), 0.5)):
         result = run("convert", "both.pth", "x.safetensors", "--dtype", "bfloat16", *more, *known)
         assert result.exit_code == 0, result.output
@@ -311,7 +315,7 @@ def test_convert_dtype_metadata_and_averages(run):
             bias = file.get_tensor("t_block.1.bias")
         assert bias.dtype == torch.bfloat16
         assert torch.allclose(bias.float(), weights["t_block.1.bias"].float() * factor, atol=1e-2)
-        assert stored["num_heads"] == 6 and stored["image_size"] == 64
+        assert stored["num_heads"] == 6 and stored["image_size"] == 128
     torch.save({"state_dict": weights}, "one.pth")
     _fails(run("convert", "one.pth", "y.safetensors", "--ema", *known), "--ema")
     _fails(run("convert", "one.pth", "y.safetensors"), "num_heads")

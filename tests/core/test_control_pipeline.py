@@ -168,7 +168,7 @@ def test_generate_with_control_and_again(command, control_file, edges, pipeline,
     assert done.exit_code == 0, done.output
     drawn = np.asarray(Image.open("one.png"), np.int16)
     alone = pipeline.generate(PROMPT, steps=2, control_image=edges, control_strength=0.5,
-                              control_end=0.6)
+                              control_end=0.6, guidance=STARTER.guidance)
     assert np.abs(drawn - np.asarray(alone, np.int16)).max() <= 1
     record = json.loads(Image.open("one.png").text["pixart"])
     assert record["files"]["controlnet"]["name"] == "control.safetensors"

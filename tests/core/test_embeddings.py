@@ -145,7 +145,7 @@ def test_a_picture_from_files_is_that_of_the_prompt(run, tmp_path, monkeypatch):
 
     settings = ("--steps", 3, "--guidance", 3, "--seed", 5)
     run("generate", PROMPT, "-o", "prompt.png", "--negative", "a star", *settings)
-    assert "of 24 tokens" in run("encode", PROMPT, "-o", "p.safetensors").stdout
+    assert "of 40 tokens" in run("encode", PROMPT, "-o", "p.safetensors").stdout
     run("encode", "a star", "-o", "n.safetensors")
     both = ("--embeddings", "p.safetensors", "--negative-embeddings", "n.safetensors")
 
@@ -221,7 +221,7 @@ def test_a_file_of_several_captions_draws_as_many_pictures():
     pipe = pc.Pipeline.from_files(STARTER.transformer, STARTER.t5_file, STARTER.vae,
                                   dtype=torch.float32, device="cpu")
     prompts = [PROMPT, "a star"]
-    states, mask = pipe.encoder(["a large red circle on a blue background", "a star"], 24)
+    states, mask = pipe.encoder(["a large red circle on a blue background", "a star"], 40)
     pictures = pipe.generate("", embeddings=[CaptionEntry(states, mask)], steps=2, seed=3)
     wanted = pipe.generate([prompts[0], prompts[1]], steps=2, seed=3, weights=True)
     assert len(pictures) == 2

@@ -93,7 +93,7 @@ def reference():
 
 
 @pytest.mark.parametrize(("quant", "bar"), [("F16", 1e-3), ("BF16", 2e-2), ("Q8_0", 5e-3),
-                                            ("Q4_0", 0.1)])
+                                            ("Q4_0", 0.1)])  # FIGURES
 def test_t5_there_and_back(run, tmp_path, reference, quant, bar):
     """The states stay close, in the engine and as the nodes load it (float16); the tokens are the
     same, with no other file beside it."""

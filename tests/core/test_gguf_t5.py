@@ -119,7 +119,8 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize(("quant", "bar"), [(None, 1e-6), ("Q8_0", 5e-3), ("Q4_0", 0.1)])
+@pytest.mark.parametrize(("quant", "bar"), [(None, 1e-6), ("Q8_0", 5e-3),
+                                            ("Q4_0", 0.1)])  # FIGURES
 def test_embeddings_stay_close(quant, bar, tmp_path, tokenizer_metadata, reference):
     path = write_t5(tmp_path / "t5.gguf", quant, tokenizer_metadata)
     assert inspect_t5(path) == inspect_t5(STARTER.t5_file)
@@ -139,7 +140,7 @@ def test_packed_layers_equal_dense_ones(packed_file, tmp_path, reference):
     assert torch.equal(packed(PROMPTS[0], 24)[0], dense(PROMPTS[0], 24)[0])
 
 
-@pytest.mark.parametrize(("dtype", "bar"), [(None, 5e-2), (torch.float16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "bar"), [(None, 5e-2), (torch.float16, 3e-2)])  # FIGURES
 def test_half_precision_and_memory(dtype, bar, packed_file, reference):
     """Packed in any dtype; wo keeps float32's range in float16, as without packing."""
     encoder = T5TextEncoder.from_path(packed_file, dtype=dtype)

@@ -84,10 +84,11 @@ def test_agrees_with_diffusers(tmp_path) -> None:
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("name", ["pixart_starter", "pixart_starter_lcm"])
+@pytest.mark.parametrize("name", ["pixart_starter", "pixart_starter_lcm", "pixart_starter_sigma"])
 def test_starter_needs_no_fields(name) -> None:
     model = load_transformer(STARTER / "diffusion_models" / f"{name}.safetensors")
-    assert model.config.num_heads == 6 and model.config.variant == "alpha"
+    assert model.config.num_heads == 6
+    assert model.config.variant == ("sigma" if name.endswith("sigma") else "alpha")
     assert (model.config.distilled == "lcm") == name.endswith("lcm")
     assert model.x_embedder.proj.weight.dtype is torch.float16
 

@@ -50,7 +50,7 @@ def test_pipeline_equals_generate(style, tmp_path):
     """FILE:STRENGTH, twice, is `loras=[...]`; strength 0 is the picture without."""
     pipe = pc.Pipeline.from_files(STARTER.transformer, STARTER.t5_file, STARTER.vae, device="cpu",
                                   loras=[(style, 0.5), (style, 0.25)])
-    expected = np.asarray(pipe.generate(PROMPT, steps=2), np.int16)
+    expected = np.asarray(pipe.generate(PROMPT, steps=2, guidance=STARTER.guidance), np.int16)
     out = tmp_path / "a.png"
     assert (draw(out, "--lora", f"{style}:0.5", "--lora", f"{style}:0.25") == expected).all()
     plain = draw(out)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from model_inputs import sizes
 from safetensors.torch import load_file, save_file
 
 import pixart_core as pc
@@ -263,8 +264,9 @@ def test_a_packed_model(tmp_path):
                                 dtype=torch.float32, **dataclasses.asdict(config))
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500.0]),
               torch.randn(1, 5, config.caption_channels))
-    before = packed(*inputs)
-    out, expected = (apply_lora(model, lora)(*inputs) for model in (packed, dense))
+    size = sizes(inputs[0])
+    before = packed(*inputs, **size)
+    out, expected = (apply_lora(model, lora)(*inputs, **size) for model in (packed, dense))
     assert (before - expected).norm() / expected.norm() > 1e-3
     assert (out - expected).norm() / expected.norm() < 1e-5
     assert packed.blocks[0].attn.qkv.packing is None and packed.blocks[1].attn.qkv.packing

@@ -104,19 +104,19 @@ def test_the_transformer_says_what_it_was_drawing(pipe, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pipe.transformer, "forward", out_of_memory)
         with pytest.raises(MemoryError) as caught:
-            pipe.generate(["a red circle", "a blue star"], width=96, height=128, steps=1)
+            pipe.generate(["a red circle", "a blue star"], width=192, height=256, steps=1)
     message = str(caught.value)
-    for words in ("the PixArt-alpha transformer (2 pictures of 96 x 128 px, with and without the "
+    for words in ("the PixArt-alpha transformer (2 pictures of 192 x 256 px, with and without the "
                   "prompt at once, float32, ", "tried to allocate 4096 bytes",
-                  "1. fewer prompts at once than 2\n2. a smaller picture than 96 x 128 px; the "
-                  "model was trained at 64 x 64\n3. captions from `pixart encode`"):
+                  "1. fewer prompts at once than 2\n2. a smaller picture than 192 x 256 px; the "
+                  "model was trained at 128 x 128\n3. captions from `pixart encode`"):
         assert words in message, message
-    assert pipe.generate("a red circle", steps=1).size == (64, 64)
+    assert pipe.generate("a red circle", steps=1).size == (128, 128)
 
 
 def test_only_what_would_help_is_named(pipe, monkeypatch):
     """One picture at the trained size, no T5: neither prompts nor T5 are to blame."""
-    captions = pipe.encoder(["a red circle"], max_tokens=24)[0]
+    captions = pipe.encoder(["a red circle"], max_tokens=40)[0]
     monkeypatch.setattr(pipe.transformer, "forward", out_of_memory)
     from pixart_core.text.embeddings import CaptionEntry
 
@@ -124,12 +124,13 @@ def test_only_what_would_help_is_named(pipe, monkeypatch):
     with pytest.raises(MemoryError) as caught:
         pipe.generate("", embeddings=[CaptionEntry(captions)], guidance=1, steps=1)
     message = str(caught.value)
-    assert "(1 picture of 64 x 64 px, float32" in message
+    assert "(1 picture of 128 x 128 px, float32" in message
     assert not any(words in message for words in ("prompt", "T5", "trained"))
 
 
 @pytest.mark.parametrize(("part", "words"), [
-    ("encoder.model", "the text encoder ("), ("vae.network", "the VAE (1 picture of 64 x 64 px)")])
+    ("encoder.model", "the text encoder ("),
+    ("vae.network", "the VAE (1 picture of 128 x 128 px)")])
 def test_the_other_parts_say_so_as_well(pipe, monkeypatch, part, words):
     owner, name = part.split(".")
     module = getattr(getattr(pipe, owner), name)

@@ -1,12 +1,9 @@
 """Prompt to picture on the starter models, and the samplers against loops of their own."""
 
-import random
-import sys
-from pathlib import Path
-
 import numpy
 import pytest
 import torch
+from model_inputs import sizes
 
 pytest.importorskip("diffusers")
 
@@ -15,10 +12,13 @@ from pixart_core.config import PRESETS
 from pixart_core.pipeline import Pipeline
 from pixart_core.settings import Settings
 from pixart_core.starter import find_starter
+from pixart_core.training.evaluate import DrawSettings, detect, evaluate, held_out_prompts
+from pixart_core.training.scenes import Scene, SceneObject, SceneSettings, render
 
-ROOT = Path(__file__).parents[2]
-PROMPT = "a large red circle on a blue background"
+PROMPT = "a large red circle in the centre on a blue background"
 STARTER = find_starter()
+SIDE = 64  # pixels, where what is drawn does not matter: half of the training size
+SMALL = {"height": SIDE, "width": SIDE}
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +31,6 @@ def pipe():
 def student():
     return Pipeline.from_files(transformer=STARTER.lcm, t5=STARTER.t5_file, vae=STARTER.vae,
                                device="cpu")
-
-
-@pytest.fixture(scope="module")
-def benchmarks():
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    from benchmarks import scenes, score
-
-    return scenes, score
 
 
 def _as_tensor(image):
@@ -67,7 +58,7 @@ def _k_diffusion_2m(predict, noise, timesteps):
 
 def test_dpm_is_the_hosts_2m(pipe):
     """Protects seeds shared with ComfyUI: the same latents as its own form of the solver, 1/255."""
-    settings = Settings(PROMPT, guidance=3.0, seed=11).resolve(pipe.config)
+    settings = Settings(PROMPT, guidance=3.0, seed=11, **SMALL).resolve(pipe.config)
     timesteps = settings.timesteps()
     with torch.inference_mode():
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))
@@ -75,21 +66,21 @@ def test_dpm_is_the_hosts_2m(pipe):
         wanted = pipe.vae.decode(_k_diffusion_2m(predict, noise, timesteps))
         ours = pipe.vae.decode(sampling.sample_dpm(predict, noise, timesteps))
     assert (ours - wanted).abs().max() < 1 / 255
-    picture = _as_tensor(pipe.generate(PROMPT, guidance=3.0, seed=11))
+    picture = _as_tensor(pipe.generate(PROMPT, guidance=3.0, seed=11, **SMALL))
     assert (picture - wanted[0]).abs().max() < 1.01 / 255
 
 
 def test_guided_prediction_is_two_single_ones(pipe):
     """Protects the guided batch: padding, order and formula, against two separate calls."""
-    settings = Settings(PROMPT, "a small star", guidance=3.5).resolve(pipe.config)
+    settings = Settings(PROMPT, "a small star", guidance=3.5, **SMALL).resolve(pipe.config)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         guided = pipe._predictor(settings, [PROMPT])(x, 600)
         eps = []
         for text in ("a small star", PROMPT):
-            states, mask = pipe.encoder([text], max_tokens=24)
+            states, mask = pipe.encoder([text], max_tokens=40)
             length = int(mask.sum())
-            out = pipe.transformer(x, torch.tensor([600]), states[:, :length])
+            out = pipe.transformer(x, torch.tensor([600]), states[:, :length], **sizes(x))
             eps.append(out[:, :4])
     wanted = eps[0] + 3.5 * (eps[1] - eps[0])
     assert torch.allclose(guided, wanted, atol=1e-4)
@@ -125,24 +116,21 @@ def test_a_list_of_prompts_gives_a_list(pipe):
     """Protects batches: one noise draw for all, every prompt with its own mask."""
     prompts = [PROMPT, "a small green star at the left on a white background"]
     pictures = pipe.generate(prompts, steps=8, seed=3)
-    assert [p.size for p in pictures] == [(64, 64)] * 2
+    assert [p.size for p in pictures] == [(128, 128)] * 2
     alone = pipe.generate(PROMPT, steps=8, seed=3)
     difference = (_as_tensor(pictures[0]) - _as_tensor(alone)).abs()
     assert difference.max() <= 2 / 255  # the first rows of one draw are the same noise
     assert abs(_as_tensor(pictures[1])[0].mean() - _as_tensor(pictures[0])[0].mean()) > 0.1
 
 
-def test_the_starter_draws_what_was_asked(pipe, student, benchmarks):
-    """Protects the whole chain end to end: 12 held-out prompts, read by the detector."""
-    scenes, score = benchmarks
-    rng = random.Random(21)
-    drawn = [scenes.sample_scene(rng, True) for _ in range(12)]
-    prompts = [scenes.caption(scene, rng, full=True) for scene in drawn]
-    for pipeline, floor in ((pipe, 0.9), (student, 0.7)):
-        pictures = [_as_tensor(p) for p in pipeline.generate(prompts, seed=1)]
-        means = score.report(drawn, pictures)["single"]
-        for name in ("bg", "color", "size", "pos"):
-            assert means[name] >= floor, (name, means)
+def test_the_starter_draws_what_was_asked(pipe, student):
+    """Protects the whole chain end to end: 12 held-out prompts, read by the judge."""
+    scenes = SceneSettings(STARTER.image_size, spread=0.0, grid=True)  # as in its training
+    prompts = held_out_prompts(12, 21, scenes)
+    for pipeline, guidance, floor in ((pipe, STARTER.guidance, 0.9), (student, None, 0.7)):
+        shares = evaluate(pipeline, prompts, DrawSettings(guidance=guidance, seed=1)).rows["all"]
+        for name in ("background", "color", "size", "place"):
+            assert shares[name].mean >= floor, (name, shares)  # FIGURES
 
 
 def test_other_sizes_and_callback(pipe):
@@ -159,26 +147,24 @@ def test_other_sizes_and_callback(pipe):
     assert [step for step, *_ in seen] == [1, 2]
 
 
-def test_image_to_image_keeps_the_picture(pipe, benchmarks):
+def test_image_to_image_keeps_the_picture(pipe):
     """Protects strength: little of it keeps the picture, all of it forgets it."""
-    scenes, score = benchmarks
-    scene = {"two": False, "bg": "white", "pos": "left",
-             "objs": [{"color": "green", "shape": "square", "size": "large", "r": 16.0,
-                       "cx": 19.0, "cy": 32.0}]}
+    square = SceneObject("green", "square", "large", 32.0, 64.0, 30.0)
+    scene = Scene(128, 128, "one", "white", (square,), place="left")
     from PIL import Image
 
-    pixels = (scenes.render([scene], jitter=0)[0] * 255).byte().permute(1, 2, 0).numpy()
+    pixels = (render([scene])[0] * 255).byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels)
     prompt = "a large green square on the left on a white background"
     for sampler in ("dpm", "lcm"):
         kept = pipe.generate(prompt, image=image, strength=0.3, steps=4, sampler=sampler,
                              guidance=1.0)
-        assert (_as_tensor(kept) - _as_tensor(image)).abs().mean() < 0.1
-    away = pipe.generate(PROMPT, image=image, strength=1.0, steps=20)
-    seen = score.detect(_as_tensor(away))
-    assert seen["bg"] == "blue" and seen["objs"][0]["color"] == "red"
+        assert (_as_tensor(kept) - _as_tensor(image)).abs().mean() < 0.1  # FIGURES
+    away = pipe.generate(PROMPT, image=image, strength=1.0, steps=20, guidance=STARTER.guidance)
+    seen = detect(_as_tensor(away))
+    assert seen.background == "blue" and seen.objects[0].color == "red"  # FIGURES
     large = pipe.generate(prompt, image=image.resize((200, 100)), strength=0.3, steps=2)
-    assert large.size == (64, 64)
+    assert large.size == (128, 128)
 
 
 def test_caption_cleaning_can_be_left_out(pipe, monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 import pixart_core as pc
 from pixart_core import starter
 
-FILES = [starter.TRANSFORMER, starter.LCM, starter.LCM_SVDQUANT, starter.T5_FILE, starter.VAE,
-         starter.CONTROLNET, starter.HED]
+FILES = [starter.TRANSFORMER, starter.LCM, starter.LCM_SVDQUANT, starter.SIGMA, starter.T5_FILE,
+         starter.VAE, starter.CONTROLNET, starter.HED]
 
 
 def test_a_clone_finds_its_family():
@@ -16,13 +16,15 @@ def test_a_clone_finds_its_family():
     found = starter.find_starter()
     assert found is not None
     assert found.transformer.parents[1] == Path(__file__).parents[2] / "starter"
-    for path in (found.transformer, found.lcm, found.lcm_svdquant, found.t5_file, found.vae,
-                 found.controlnet, found.hed):
+    for path in (found.transformer, found.lcm, found.lcm_svdquant, found.sigma, found.t5_file,
+                 found.vae, found.controlnet, found.hed):
         assert path.stat().st_size > 100_000
     assert (found.t5 / "spiece.model").is_file() and (found.t5 / "config.json").is_file()
-    assert (found.image_size, found.guidance, found.lcm_steps) == (64, 4.5, 4)
-    for path in (found.transformer, found.lcm, found.lcm_svdquant):
-        assert pc.open_transformer(path)[1].image_size == found.image_size
+    assert (found.image_size, found.guidance, found.lcm_steps) == (128, starter.GUIDANCE, 4)
+    for path in (found.transformer, found.lcm, found.lcm_svdquant, found.sigma):
+        config = pc.open_transformer(path)[1]
+        assert (config.image_size, config.max_tokens) == (found.image_size, 40)
+        assert config.variant == ("sigma" if path == found.sigma else "alpha")
 
 
 @pytest.mark.parametrize("name", [*FILES, starter.T5])

@@ -75,7 +75,7 @@ def test_its_members_draw_together(made):
 def test_sigma_trains_on_the_same_latents(made):
     """Protects an hour of encoding: the same rows under the other factor, captions untouched."""
     work = made[1]
-    first, second = (CachedSamples(work / name) for name in ("close", "sigma-cache"))
+    first, second = (CachedSamples(work / name) for name in ("cache", "sigma-cache"))
     assert (second.facts.variant, second.facts.latent_scale) == ("sigma", 0.13025)
     one, other = first.preview(4), second.preview(4)
     assert one.latents.std() > 0.01
@@ -87,11 +87,11 @@ def test_sigma_trains_on_the_same_latents(made):
 
 def test_a_rescaled_cache_is_not_mistaken_for_another(made):
     """Protects a finished cache from a call for another variant, and from an unknown one."""
-    source, out = made[1] / "close", made[1] / "sigma-cache"
+    source, out = made[1] / "cache", made[1] / "sigma-cache"
     with pytest.raises(ValueError, match=r"another cache \(variant is sigma, now alpha\)"):
         rescale_cache(source, out, "alpha")
     with pytest.raises(ValueError, match="was made of another cache than"):
-        rescale_cache(made[1] / "near", out, "sigma")
+        rescale_cache(made[1] / "cache64", out, "sigma")
     with pytest.raises(ValueError, match="variant is 'omega'; use one of"):
         rescale_cache(source, out.with_name("new"), "omega")
     assert not out.with_name("new").exists()

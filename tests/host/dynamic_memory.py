@@ -52,9 +52,12 @@ def output(patcher: object, control: object = None) -> torch.Tensor:
     x = torch.randn(2, 4, 6, 8, generator=generator)
     caption = torch.randn(2, 5, width, generator=generator)
     steered = Controls([Control(control.network, x[:1])]) if control else None
+    # as PixArtModel.extra_conds passes them
+    size = {"image_size": torch.tensor([[48, 64]] * 2, dtype=torch.int32),
+            "aspect_ratio": torch.full((2, 1), 0.75).view(torch.int32)}
     with torch.inference_mode():
         return patcher.model.apply_model(x, torch.tensor([1.5, 0.3]), c_crossattn=caption,
-                                         control=steered, transformer_options={})
+                                         control=steered, transformer_options={}, **size)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -91,7 +94,7 @@ def look(load_model: object, load_clip: object, load_control: object, dtype: tor
     control = load_control(CONTROL, dtype)
     model, clip = load_model(MODEL, dtype, None, False), load_clip(T5)
     model_file, t5_file = load_file(MODEL), load_file(T5)
-    model_file.pop("pos_embed"), t5_file.pop("spiece_model")  # no weights
+    model_file.pop("pos_embed", None), t5_file.pop("spiece_model")  # no weights
     found = {
         "is_dynamic": [model.is_dynamic(), clip.patcher.is_dynamic()],
         "model_weights": weights_differ(model.model.diffusion_model.state_dict(), model_file),

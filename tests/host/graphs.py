@@ -6,14 +6,18 @@ from prompt import Graph, Node
 
 MODEL, LCM, T5, VAE = ("pixart_starter.safetensors", "pixart_starter_lcm.safetensors",
                        "t5_starter.safetensors", "vae_starter.safetensors")
+SIGMA = "pixart_starter_sigma.safetensors"
 PROMPT = "a large red circle on a blue background"
+TOKENS = 40  # the starter's limit
+SIDE = 64  # pixels: half of the starter's size, for tests that do not look at the picture
+SMALL = {"width": SIDE, "height": SIDE}
 
 
 class StarterGraph(Graph):
     """A text-to-image graph on the starter family; each part can be replaced before `picture`."""
 
     def __init__(self, model: str = MODEL, prompt: str = PROMPT, negative: str = "",
-                 width: int = 64, height: int = 64, batch: int = 1, **loader: object) -> None:
+                 width: int = SIDE, height: int = SIDE, batch: int = 1, **loader: object) -> None:
         super().__init__()
         self.model = self.add("PixArtLoader", model_name=model, **loader)
         self.clip = self.add("PixArtT5Loader", t5_name=T5)
@@ -24,7 +28,7 @@ class StarterGraph(Graph):
 
     def encode(self, text: str, **inputs: object) -> Node:
         return self.add("PixArtTextEncode", clip=self.clip, text=text, clean_caption=True,
-                        max_tokens=24, **inputs)
+                        max_tokens=TOKENS, **inputs)
 
     def ksampler(self, **changes: object) -> Node:
         inputs = {"model": self.model, "positive": self.positive, "negative": self.negative,

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from checks import refused, write
-from graphs import MODEL, T5, Graph, StarterGraph
+from graphs import MODEL, T5, TOKENS, Graph, StarterGraph
 
 from pixart_core.starter import find_starter
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.usefixtures("lives_on")
 def test_odd_prompts_work(host, text, clean):
     graph = StarterGraph()
     positive = graph.add("PixArtTextEncode", clip=graph.clip, text=text, clean_caption=clean,
-                         max_tokens=24)
+                         max_tokens=TOKENS)
     graph.tensors(positive, "odd_prompt")
     graph.picture(graph.lcm(steps=1, positive=positive))
-    assert "24" in host.run(graph).text(positive)
+    assert str(TOKENS) in host.run(graph).text(positive)
     assert host.read_tensors("odd_prompt")["value.0.0"].isfinite().all()
 
 
@@ -37,9 +37,9 @@ def test_ten_thousand_words(host):
     graph.tensors(positive, "long_prompt")
     graph.picture(graph.lcm(steps=1, positive=positive))
     report = host.run(graph).text(positive)
-    assert "the limit is 24; cut:" in report and "lantern" in report
+    assert f"the limit is {TOKENS}; cut:" in report and "lantern" in report
     assert int(report.split()[0]) > 10_000
-    assert host.read_tensors("long_prompt")["value.0.0"].shape[1] == 24
+    assert host.read_tensors("long_prompt")["value.0.0"].shape[1] == TOKENS
 
 
 # sizes and settings

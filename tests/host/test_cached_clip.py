@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from checks import STARTER, save, saved
-from graphs import Graph
+from graphs import TOKENS, Graph
 from safetensors import safe_open
 from test_clip_hooks import add_lora
 
@@ -40,7 +40,7 @@ def run(host, name, prompt=PROMPT, node="PixArtTextEncode", **loader):
     host.free()
     graph = Graph()
     clip = encoder(graph, **loader)
-    own = {} if node == "CLIPTextEncode" else {"clean_caption": False, "max_tokens": 24}
+    own = {} if node == "CLIPTextEncode" else {"clean_caption": False, "max_tokens": TOKENS}
     save(graph, graph.add(node, clip=clip, text=prompt, **own), name)
     host.run(graph)
     return saved(host, name, "value.0.0")
@@ -107,7 +107,7 @@ def test_changed_encoders_leave_it_aside(host, file):
         "layer": graph.add("CLIPSetLastLayer", clip=clip, stop_at_clip_layer=-2)}
     for label, chosen in changed.items():
         text = graph.add("PixArtTextEncode", clip=chosen, text=PROMPT, clean_caption=False,
-                         max_tokens=24)
+                         max_tokens=TOKENS)
         save(graph, text, f"cache_{label}")
     host.run(graph)
     for label in changed:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from checks import relative, save, saved
-from graphs import LCM, MODEL, PROMPT, StarterGraph
+from graphs import LCM, MODEL, PROMPT, SIDE, SMALL, StarterGraph
 from PIL import Image, ImageDraw
 
 import pixart_core as pc
@@ -12,7 +12,6 @@ from pixart_core.config import METADATA_KEY
 from pixart_core.starter import find_starter
 
 STARTER = find_starter()
-SIDE = 64
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def test_twenty_steps_with_guidance(host, control, pipelines, picture, mode):
 def test_four_steps_of_lcm(host, control, pipelines, picture):
     """No guidance, no negative."""
     graph = Steered(control, negative_too=False, model=LCM)
-    alone = pipelines[LCM].generate(PROMPT, control_image=picture, seed=0)
+    alone = pipelines[LCM].generate(PROMPT, control_image=picture, seed=0, **SMALL)
     assert same_picture(host, graph, graph.lcm(), alone)
 
 
@@ -154,7 +153,7 @@ def test_image_to_image(host, control, pipelines, picture):
     samples = graph.ksampler(denoise=0.5, steps=10, latent_image=latent)
     alone = pipelines[MODEL].generate(
         PROMPT, steps=10, strength=0.5, seed=0, control_image=picture,
-        image=Image.new("RGB", (SIDE, SIDE), (0x1E, 0xA0, 0x3C)))
+        image=Image.new("RGB", (SIDE, SIDE), (0x1E, 0xA0, 0x3C)), **SMALL)
     assert same_picture(host, graph, samples, alone)
 
 

@@ -1,18 +1,16 @@
 """The ControlNet templates: the same shape in new colours, and two shapes from two hints."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 from workflow import load
 
+from pixart_core.training.detect import find_parts
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
-from benchmarks.control_score import shape_mask  # noqa: E402
-
 FOLDER = REPOSITORY / "workflows" / "api"
 REDRAWN = ["PixArt-alpha ControlNet HED", "PixArt-delta ControlNet HED LCM"]
 TWO = "PixArt two ControlNets"
@@ -42,6 +40,13 @@ def shown(host, name, **changes):
     return previews, picture(host, result, next(iter(nodes_of(prompt, "SaveImage"))))
 
 
+def shape_mask(image):
+    """Where a picture (3, H, W) shows something that is no background, (H, W) bool."""
+    parts = find_parts(image[None])
+    inside = (parts.alpha > 0.5).any(0)
+    return functional.interpolate(inside[None, None].float(), size=image.shape[-2:])[0, 0] > 0
+
+
 def overlap(one, other):
     return ((one & other).sum() / (one | other).sum()).item()
 
@@ -52,8 +57,9 @@ def test_the_shape_stays_where_the_colours_are_new(host, name):
     previews, steered = shown(host, name)
     wanted = shape_mask(previews["First picture"])
     _, plain = shown(host, name, strength=0.0)
-    assert overlap(shape_mask(steered), wanted) > 0.8
-    assert overlap(shape_mask(steered), wanted) > overlap(shape_mask(plain), wanted) + 0.1
+    found = overlap(shape_mask(steered), wanted)
+    assert found > 0.8  # FIGURES
+    assert found > overlap(shape_mask(plain), wanted) + 0.1  # FIGURES
 
 
 def test_two_controls_draw_both_shapes(host):
@@ -64,6 +70,6 @@ def test_two_controls_draw_both_shapes(host):
     rows, columns = (previews["As a hint"][0] > 0.5).nonzero(as_tuple=True)
     drawn = torch.zeros_like(first)
     drawn[rows.min():rows.max() + 1, columns.min():columns.max() + 1] = True
-    assert overlap(found, first | drawn) > 0.6
+    assert overlap(found, first | drawn) > 0.6  # FIGURES
     for shape in (first, drawn):
-        assert (found & shape).sum() > 0.6 * shape.sum()
+        assert (found & shape).sum() > 0.6 * shape.sum()  # FIGURES

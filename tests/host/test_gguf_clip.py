@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import STARTER, choices, encoded, refused, relative, save, saved, write_bytes
-from graphs import Graph, StarterGraph
+from graphs import TOKENS, Graph, StarterGraph
 
 from pixart_core.text import T5TextEncoder
 from pixart_core.text.t5_file import read_t5
@@ -34,7 +34,7 @@ def test_states_equal_the_engines(host, file):
     host.run(graph)
     states = next(t for key, t in host.read_tensors("gguf_states").items()
                   if t.ndim == 3 and t.is_floating_point())
-    alone, mask = T5TextEncoder.from_path(file, dtype=torch.float32)("a red circle", 24)
+    alone, mask = T5TextEncoder.from_path(file, dtype=torch.float32)("a red circle", TOKENS)
     assert relative(states[0, : int(mask.sum())].float(), alone[mask]) < 2e-3
 
 
@@ -47,7 +47,7 @@ def test_a_picture(host, file):
     plain = StarterGraph(prompt=PROMPT)
     save(plain, plain.ksampler(steps=3), "plain_t5")
     host.run(plain)
-    assert relative(saved(host, "packed_t5"), saved(host, "plain_t5")) < 2e-2
+    assert relative(saved(host, "packed_t5"), saved(host, "plain_t5")) < 2e-2  # FIGURES
 
 
 def test_cut_files_are_refused(host, file):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from checks import STARTER, choices, parted, refused, relative, sampled, save, saved, write_bytes
-from graphs import MODEL, StarterGraph
+from graphs import MODEL, SMALL, StarterGraph
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -62,7 +62,7 @@ def test_listed_without_changing_the_hosts_lists(host, files):
 
 def test_same_picture_as_the_engine(host, files):
     alone = pc.Pipeline.from_files(files, STARTER.t5_file, STARTER.vae, dtype=torch.float32,
-                                   device="cpu").generate(PROMPT, steps=8, seed=7)
+                                   device="cpu").generate(PROMPT, steps=8, seed=7, **SMALL)
     graph = StarterGraph(model=NAME, prompt=PROMPT)
     image = graph.picture(graph.ksampler(seed=7, steps=8))
     workflow = host.picture(host.run(graph).images(image)[0])

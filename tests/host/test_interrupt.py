@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import save, saved
-from graphs import LCM, MODEL, T5, StarterGraph
+from graphs import LCM, MODEL, T5, TOKENS, StarterGraph
 from prompt import Graph
 
 BLOCKS = 6  # of the starter
@@ -82,7 +82,7 @@ def test_an_interrupt_ends_the_encoding_of_many_prompts(host):
     graph = Graph()
     clip = graph.add("ProbeInterruptingClip", clip=graph.add("PixArtT5Loader", t5_name=T5),
                      label="clip", at=2)
-    node = graph.add("PixArtPromptBatch", clip=clip, clean_caption=True, max_tokens=24,
+    node = graph.add("PixArtPromptBatch", clip=clip, clean_caption=True, max_tokens=TOKENS,
                      prompts="\n".join(f"a circle {i}" for i in range(5)))
     save(graph, node, "never")
     result = host.run(graph, ok=False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import relative, save, saved
-from graphs import StarterGraph
+from graphs import TOKENS, StarterGraph
 
 FIRST = ["a large red circle", "a small yellow star on the left", "a green square"]
 SECOND = ["on a blue background", "on purple", "on a white background, in the middle"]
@@ -20,7 +20,7 @@ JOIN = {
 
 def prompt_batch(graph, prompts):
     return graph.add("PixArtPromptBatch", clip=graph.clip, prompts="\n".join(prompts),
-                     clean_caption=True, max_tokens=24)
+                     clean_caption=True, max_tokens=TOKENS)
 
 
 def draw(graph, name, positive, latent):

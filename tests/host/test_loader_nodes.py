@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from checks import choices, lcm_latents, parted, relative, saved, starter_file
-from graphs import LCM, MODEL, PROMPT, Graph
+from graphs import LCM, MODEL, PROMPT, TOKENS, Graph
 from safetensors.torch import save_file
 
 from pixart_core.checkpoint.convert import convert_state_dict
@@ -16,7 +16,7 @@ SCALE = 0.18215  # of SD 1.5 latents: what the network sees is the host's latent
 
 
 CONFIG = {"_class_name": "PixArtTransformer2DModel", "num_attention_heads": 6,
-          "attention_head_dim": 32, "sample_size": 8, "patch_size": 2, "interpolation_scale": 1.0,
+          "attention_head_dim": 32, "sample_size": 16, "patch_size": 2, "interpolation_scale": 1.0,
           "_name_or_path": "PixArt-alpha"}
 
 
@@ -99,7 +99,7 @@ def test_weight_dtypes(host, student_states, dtype, bar):
 @pytest.fixture(scope="module")
 def student_states(encoder):
     """Inputs in the middle of a run."""
-    states, mask = encoder(PROMPT, max_tokens=24)
+    states, mask = encoder(PROMPT, max_tokens=TOKENS)
     return {"x": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
             "timestep": torch.tensor([499.0]), "caption": states[:, : int(mask.sum())]}
 

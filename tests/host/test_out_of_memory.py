@@ -44,15 +44,15 @@ def test_sampling_out_of_memory(host, failure):
     After that models are freed by the host or can be, and the next prompt draws as before.
     """
     before = latents(host, "before_full")
-    graph, node = failing(failure, width=128, height=96, batch=2)
+    graph, node = failing(failure, width=256, height=192, batch=2)
     error = host.run(graph, ok=False).error
     assert error.kind == "execution" and error.node == node.id
     assert error.message.startswith(
-        "Not enough memory for the PixArt-alpha transformer (2 pictures of 128 x 96 px, "
+        "Not enough memory for the PixArt-alpha transformer (2 pictures of 256 x 192 px, "
         "2 conditions at once, float32, 16 MB of weights, attention_")
     assert error.message.count("Not enough memory") == error.message.count("What helps") == 1
     assert ("\n1. batch_size 1 on the latent node instead of 2, and more runs\n"
-            "2. a smaller picture than 128 x 96 px; the model was trained at 64 x 64\n"
+            "2. a smaller picture than 256 x 192 px; the model was trained at 128 x 128\n"
             ) in error.message
     assert "pixart quantize" in error.message
     assert "--lowvram" not in error.message  # which a CPU has no use of
@@ -79,7 +79,7 @@ def test_sizes_that_torch_tells_are_told(host):
 
 
 def test_only_what_would_help_is_named(host):
-    """One picture at the trained size, of weights in 8 bits, without a ControlNet."""
+    """One picture within the trained size, of weights in 8 bits, without a ControlNet."""
     graph = StarterGraph(weight_dtype="float8_e4m3fn")
     graph.model = graph.add("ProbeCalls", model=graph.model, label="full", fail_at=1,
                             failure="python")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import refused, relative, save, saved
-from graphs import LCM, MODEL, PROMPT, StarterGraph
+from graphs import LCM, MODEL, PROMPT, SIDE, SMALL, TOKENS, StarterGraph
 from test_same_picture import difference, host_picture, pipelines  # noqa: F401 (a fixture)
 
 import pixart_core as pc
@@ -55,13 +55,14 @@ def predict(encoder):
     model = pc.load_transformer(STARTER.transformer, dtype=torch.float32)
     captions = []
     for text in ("", PROMPT):
-        states, mask = encoder(text, max_tokens=24)
+        states, mask = encoder(text, max_tokens=TOKENS)
         captions.append(states[:, : int(mask.sum())])
+    size = {"image_size": torch.full((1, 2), float(SIDE)), "aspect_ratio": torch.ones(1, 1)}
 
     @torch.inference_mode()
     def eps(x, t, guidance=GUIDANCE):
-        without, with_prompt = (model(x.float(), torch.tensor([t]), caption)[:, :4]
-                                for caption in captions)
+        without, with_prompt = (
+            model(x.float(), torch.tensor([t]), caption, **size)[:, :4] for caption in captions)
         return (without + guidance * (with_prompt - without)).to(x)
 
     return eps
@@ -131,7 +132,8 @@ def test_dmd_mask_batch_and_progress(host):
     assert relative(masked[..., :4], before[..., :4]) > 0.1
     assert torch.equal(saved(host, "whole"), saved(host, "empty"))  # from noise alone
     batch = saved(host, "batch")
-    assert batch.shape == (2, 4, 8, 8) and relative(batch[0], batch[1]) > 0.1
+    assert batch.shape == (2, 4, 8, 8)
+    assert relative(batch[0], batch[1]) > 0.02  # FIGURES
     assert [(v, n) for node, v, n in result.progress if node == empty.id][-1] == (1, 1)
 
 
@@ -236,7 +238,7 @@ def test_schedules_that_do_not_exist(host):
 def test_dmd_picture_is_the_pipelines(host, pipelines):  # noqa: F811
     graph = PaperGraph(model=LCM)
     workflow = host_picture(host, graph, graph.dmd(seed=4))
-    alone = pipelines[LCM].generate(PROMPT, sampler="dmd", seed=4)
+    alone = pipelines[LCM].generate(PROMPT, sampler="dmd", seed=4, **SMALL)
     assert difference(workflow, alone) <= 1
 
 
@@ -245,5 +247,5 @@ def test_sa_solver_picture_is_the_pipelines(host, pipelines):  # noqa: F811
     sampler = graph.add("PixArtSASolver", eta=1.0)
     node = graph.custom(sampler, graph.schedule("sa-solver", 25), noise_seed=4)
     workflow = host_picture(host, graph, node)
-    alone = pipelines[MODEL].generate(PROMPT, sampler="sa-solver", seed=4)
+    alone = pipelines[MODEL].generate(PROMPT, sampler="sa-solver", seed=4, **SMALL)
     assert difference(workflow, alone) <= 1

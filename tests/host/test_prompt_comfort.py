@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checks import refused, relative, save, saved
-from graphs import LCM, MODEL, PROMPT, T5, Graph, StarterGraph
+from graphs import LCM, MODEL, PROMPT, SIDE, T5, TOKENS, Graph, StarterGraph
 from safetensors.torch import save_file
 
 from pixart_core.text import clean_caption
@@ -81,7 +81,7 @@ def batch_graph(model=MODEL, prompts=PROMPTS, pictures=None):
     graph = StarterGraph(model=model)
     batch = graph.add("PixArtPromptBatch", clip=graph.clip, prompts="\n\n".join(prompts) + "\n ",
                       clean_caption=True, max_tokens=300, model=graph.model)
-    graph.latent = graph.add("EmptyLatentImage", width=64, height=64,
+    graph.latent = graph.add("EmptyLatentImage", width=SIDE, height=SIDE,
                              batch_size=pictures or batch[1])
     graph.positive = batch
     return graph
@@ -108,7 +108,7 @@ def test_each_picture_is_that_of_its_prompt_alone(host, sampler):
     assert len(together) == len(PROMPTS)
     for picture, (single,) in zip(together, alone, strict=True):
         assert np.abs(picture - single).max() <= 1
-    assert np.abs(together[0] - together[1]).max() > 50
+    assert np.abs(together[0] - together[1]).max() > 50  # FIGURES
 
 
 def test_the_batch_reports_every_prompt(host):
@@ -118,7 +118,7 @@ def test_the_batch_reports_every_prompt(host):
     result = host.run(graph)
     lines = result.text("PixArtPromptBatch").splitlines()
     assert [line[:3] for line in lines] == ["1: ", "2: ", "3: "]
-    assert all(line.endswith("of 24 tokens") for line in lines)
+    assert all(line.endswith(f"of {TOKENS} tokens") for line in lines)
     mask = saved(host, "prompt_batch", "value.0.1.attention_mask")
     assert mask.sum(dim=1).tolist() == [int(line.split()[1]) for line in lines]
 
@@ -152,7 +152,7 @@ def load_graph(name):
     graph = Graph()
     loaded = graph.add("PixArtLoadEmbeddings", file=name)
     model = graph.add("PixArtLoader", model_name=MODEL)
-    latent = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+    latent = graph.add("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1)
     graph.add("ProbeSaveTensors", value=loaded, name="loaded")
     save(graph, graph.add("KSampler", model=model, positive=loaded, negative=loaded, seed=1,
                           latent_image=latent, steps=2, cfg=1.0, sampler_name="dpmpp_2m",
@@ -194,7 +194,7 @@ def test_embeddings_come_back_bit_for_bit(host):
 
 def test_a_file_of_the_command_line_draws_without_a_text_encoder(host, encoder):
     """`pixart encode` and the node write one format; the picture is the engine's own prompt's."""
-    states = encode_prompt(encoder, PROMPT, 24, clean_caption)
+    states = encode_prompt(encoder, PROMPT, TOKENS, clean_caption)
     folder = host.models_dir / "embeddings"
     folder.mkdir(exist_ok=True)
     save_embeddings(folder / "cli.safetensors", [CaptionEntry(states[None])], {"prompt": PROMPT})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checks import STARTER, parted, refused, relative, save, saved
-from graphs import MODEL, StarterGraph
+from graphs import MODEL, SMALL, StarterGraph
 from safetensors.torch import load_file, save_file
 
 import pixart_core as pc
@@ -115,7 +115,7 @@ def test_the_picture_is_that_of_the_engine(host, files):
     pipeline = pc.Pipeline.from_files(files / "diffusion_models" / model, STARTER.t5_file,
                                       STARTER.vae, dtype=torch.float32, device="cpu")
     pipeline.transformer = engine
-    alone = pipeline.generate(PROMPT, steps=4, seed=5)
+    alone = pipeline.generate(PROMPT, steps=4, seed=5, **SMALL)
     graph = StarterGraph(model=model, prompt=PROMPT)
     ours(graph, 0.7)
     image = graph.picture(graph.ksampler(steps=4, seed=5))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from graphs import LCM, MODEL, StarterGraph
+from graphs import LCM, MODEL, SIDE, SIGMA, SMALL, StarterGraph
 from PIL import Image
 
 import pixart_core as pc
@@ -17,7 +17,8 @@ def pipelines():
     starter = find_starter()
     return {name: pc.Pipeline.from_files(path, starter.t5_file, starter.vae, dtype=torch.float32,
                                          device="cpu")
-            for name, path in ((MODEL, starter.transformer), (LCM, starter.lcm))}
+            for name, path in ((MODEL, starter.transformer), (LCM, starter.lcm),
+                               (SIGMA, starter.sigma))}
 
 
 def difference(a: Image.Image, b: Image.Image) -> int:
@@ -30,12 +31,14 @@ def host_picture(host, graph, samples):
     return host.picture(host.run(graph).images(save)[0])
 
 
+@pytest.mark.parametrize("model", [MODEL, SIGMA])
 @pytest.mark.parametrize("steps", [20, 7])
-def test_dpm_with_guidance(host, pipelines, steps):
-    """KSampler "dpmpp_2m" + "simple" against DPM-Solver++ of diffusers."""
-    graph = StarterGraph(prompt=PROMPT)
+def test_dpm_with_guidance(host, pipelines, steps, model):
+    """KSampler "dpmpp_2m" + "simple" against DPM-Solver++ of diffusers; alpha and Sigma share one
+    VAE, whose latents each scales in its own way."""
+    graph = StarterGraph(model=model, prompt=PROMPT)
     workflow = host_picture(host, graph, graph.ksampler(seed=7, steps=steps))
-    alone = pipelines[MODEL].generate(PROMPT, steps=steps, seed=7)
+    alone = pipelines[model].generate(PROMPT, steps=steps, seed=7, **SMALL)
     assert difference(workflow, alone) <= 1
 
 
@@ -44,7 +47,7 @@ def test_dpm_with_guidance(host, pipelines, steps):
 def test_lcm(host, pipelines, steps, grid):
     graph = StarterGraph(model=LCM, prompt=PROMPT)
     workflow = host_picture(host, graph, graph.lcm(seed=3, steps=steps, grid=grid))
-    alone = pipelines[LCM].generate(PROMPT, steps=steps, seed=3, lcm_grid=grid)
+    alone = pipelines[LCM].generate(PROMPT, steps=steps, seed=3, lcm_grid=grid, **SMALL)
     assert difference(workflow, alone) <= 1
 
 
@@ -58,7 +61,7 @@ def test_a_size_that_is_no_multiple_of_16(host, pipelines):
 @pytest.mark.parametrize("sampler", ["dpm", "lcm"])
 def test_image_to_image(host, pipelines, sampler):
     """The same strength leaves the same picture."""
-    source = Image.new("RGB", (64, 64), (30, 160, 60))
+    source = Image.new("RGB", (SIDE, SIDE), (30, 160, 60))
     model = MODEL if sampler == "dpm" else LCM
     graph = StarterGraph(model=model, prompt=PROMPT)
     image = graph.add("LoadImage", image=host.upload(source, "green.png"))
@@ -69,5 +72,5 @@ def test_image_to_image(host, pipelines, sampler):
         samples = graph.lcm(seed=2, strength=0.5, latent=latent)
     workflow = host_picture(host, graph, samples)
     alone = pipelines[model].generate(PROMPT, steps=10 if sampler == "dpm" else 4, seed=2,
-                                      image=source, strength=0.5)
+                                      image=source, strength=0.5, **SMALL)
     assert difference(workflow, alone) <= 1

@@ -102,7 +102,7 @@ def test_easy_cache_skips_steps(host):
     report = graph.add("ProbeReport", after=latent, label="cached")
     result = host.run(graph)
     attention = result.json(report)["attention"]
-    assert 0 < attention < 20 * 6 * 2
+    assert 0 < attention < 20 * 6 * 2  # FIGURES
 
 
 def test_merge_at_the_ends_is_bit_exact(host):
@@ -173,7 +173,7 @@ def test_area_conditioning(host):
     graph.tensors(graph.ksampler(steps=4), "plain")
     latent = samples(host, graph, graph.ksampler(steps=4, positive=both), "area")
     change = (latent - host.read_tensors("plain")["value.samples"]).abs().mean(dim=(0, 1, 3))
-    assert change[8:].mean() > 1.3 * change[:8].mean()
+    assert change[8:].mean() > 1.3 * change[:8].mean()  # FIGURES
 
 
 def test_mask_conditioning(host):

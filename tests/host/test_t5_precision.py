@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 from checks import STARTER, encoded, refused, relative, require_kitchen, save, saved
-from graphs import T5, Graph, StarterGraph
+from graphs import T5, TOKENS, Graph, StarterGraph
 
 from pixart_core.checkpoint.write_stream import stream_checkpoint
 from pixart_core.text import T5TextEncoder
@@ -40,7 +40,7 @@ def states(host, loaders, prompt=PROMPT):
     for name, inputs in loaders.items():
         clip = graph.add("PixArtT5Loader", **{"t5_name": T5, **inputs})
         text = graph.add("PixArtTextEncode", clip=clip, text=prompt, clean_caption=True,
-                         max_tokens=24)
+                         max_tokens=TOKENS)
         save(graph, text, f"precision_{name}")
     host.run(graph)
     return {name: saved(host, f"precision_{name}", "value.0.0")[0] for name in loaders}
@@ -51,7 +51,7 @@ def test_states_equal_the_engines(host):
     found = states(host, {name: {"precision": name} for name in precisions})
     for precision, caption in found.items():
         engine = T5TextEncoder.from_path(STARTER.t5_file, torch.float32, precision=precision)
-        assert relative(caption, engine.states(PROMPT, 24)) < 2e-3, precision
+        assert relative(caption, engine.states(PROMPT, TOKENS)) < 2e-3, precision
     for name in ("bf16", *QUANTIZED):
         assert relative(found[name], found["auto"]) > 1e-4, f"{name} changes nothing"
 
@@ -96,7 +96,7 @@ def test_a_picture(host):
         save(graph, graph.ksampler(steps=3), f"picture_{precision}")
         host.run(graph)
         latents[precision] = saved(host, f"picture_{precision}")
-    assert 0 < relative(latents["int8"], latents["auto"]) < 5e-2
+    assert 0 < relative(latents["int8"], latents["auto"]) < 5e-2  # FIGURES
 
 
 def test_quantised_files_are_not_quantised_again(host, written):

@@ -1,7 +1,6 @@
 """The workflow templates: valid for the page, runnable as they are, and with the right picture."""
 
 import re
-import sys
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,11 +11,10 @@ from checks import STARTER, require_kitchen
 from PIL import Image
 from workflow import NOTES, inputs_of, load, to_api
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+from pixart_core.training.evaluate import detect
+from pixart_core.training.scenes import COLORS, Scene, SceneObject, render
 
-from benchmarks.scenes import COLORS, render  # noqa: E402
-from benchmarks.score import detect  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 PACK = "ComfyUI-PixArt-Delta"
 FOLDER = REPOSITORY / "workflows"
@@ -26,8 +24,9 @@ LCM_PAIR = ("PixArt-delta LCM 4 steps", "PixArt-delta LCM custom sampling")
 SMALL_CARDS = {"PixArt 8 GB": ("int8", False, STARTER.lcm.name, "VAEDecode"),
                "PixArt 6 GB": ("int4", False, STARTER.lcm.name, "VAEDecodeTiled"),
                "PixArt 4 GB": ("int4", True, STARTER.lcm_svdquant.name, "VAEDecodeTiled")}
-INPUT_SCENE = {"two": False, "bg": "green",
-               "objs": [{"color": "yellow", "shape": "square", "r": 9.0, "cx": 16.0, "cy": 32.0}]}
+SIDE = STARTER.image_size
+INPUT_SCENE = Scene(SIDE, SIDE, "one", "green", (
+    SceneObject("yellow", "square", "small", 0.25 * SIDE, 0.5 * SIDE, 0.14 * SIDE),), place="left")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def object_info(host):
 @pytest.fixture(scope="module")
 def runs(host, installation):
     """Name -> result of a template run through its API file, once each."""
-    example = (render([INPUT_SCENE], jitter=0.0)[0].permute(1, 2, 0) * 255).byte().numpy()
+    example = (render([INPUT_SCENE])[0].permute(1, 2, 0) * 255).byte().numpy()
     host.upload(Image.fromarray(example).resize((768, 768)), "example.png")
     made = {}
 
@@ -140,18 +139,18 @@ def test_nodes_do_not_overlap_and_lie_in_a_group(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_template_runs_as_it_is_and_draws_the_prompt(name, pictures):
     image = pictures(name)
-    assert image.shape == (3, 64, 64)
+    assert image.shape == (3, SIDE, SIDE)
     color, background = prompted(name)
     seen = detect(image)
-    assert seen["bg"] == background
-    assert color in [o["color"] for o in seen["objs"]]
+    assert seen.background == background  # FIGURES
+    assert color in [thing.color for thing in seen.objects]  # FIGURES
 
 
 def test_inpainting_keeps_what_the_mask_leaves_out(pictures):
     """The left half, with the yellow square of the input, stays; the box is drawn anew."""
-    seen = detect(pictures("PixArt inpainting"))["objs"]
-    places = {o["color"]: o["cx"] < 32 for o in seen}
-    assert places == {"yellow": True, "red": False}
+    seen = detect(pictures("PixArt inpainting")).objects
+    places = {thing.color: thing.x < SIDE / 2 for thing in seen}
+    assert places == {"yellow": True, "red": False}  # FIGURES
 
 
 @pytest.mark.parametrize("name", SMALL_CARDS)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from checks import choices, parted, relative, save, saved, starter_file
-from graphs import MODEL, PROMPT, T5, Graph, StarterGraph
+from graphs import MODEL, PROMPT, T5, TOKENS, Graph, StarterGraph
 from safetensors.torch import load_file, save_file
 
 import pixart_core as pc
@@ -66,9 +66,9 @@ def test_token_report(host, encoder):
 
 
 def test_the_limit_of_a_connected_model(host):
-    """24 for the starter, whatever max_tokens says; a smaller max_tokens still counts."""
+    """40 for the starter, whatever max_tokens says; a smaller max_tokens still counts."""
     states, report, _ = encode(host, LONG, model=True)
-    assert states.shape[1] == 24 and "the limit is 24" in report
+    assert states.shape[1] == TOKENS and f"the limit is {TOKENS}" in report
     states, report, _ = encode(host, LONG, model=True, max_tokens=10)
     assert states.shape[1] == 10 and "the limit is 10" in report
 

@@ -15,9 +15,10 @@ from .shapes import EXTENTS
 Split = Literal["train", "held_out", "all"]
 
 # radii, distances and jitter are shares of Scene.length, the root of the picture's area
-SMALL = (0.13, 0.145)
-LARGE_ALONE = (0.22, 0.26)
-LARGE_BESIDE = (0.18, 0.20)
+# alone, a small object is still six latent cells wide at 128 px: less, and no model of a few
+# million weights tells a star from a circle
+SMALL_ALONE, LARGE_ALONE = (0.185, 0.195), (0.28, 0.29)
+SMALL_BESIDE, LARGE_BESIDE = (0.13, 0.145), (0.18, 0.20)
 MARGIN = 0.02
 GAP = 0.065
 AWAY = 0.17  # least distance of a place from the centre
@@ -161,7 +162,7 @@ def _one(dice: Dice, width: int, height: int, corner: bool) -> Scene:
     length = math.sqrt(width * height)
     background, others = _colors(dice)
     color, shape, size = dice.choice(others), dice.choice(SHAPES), dice.choice(SIZES)
-    radius = dice.near(*(SMALL if size == "small" else LARGE_ALONE)) * length
+    radius = dice.near(*(SMALL_ALONE if size == "small" else LARGE_ALONE)) * length
     rooms = [side / 2 - extent * radius - MARGIN * length
              for side, extent in zip((width, height), EXTENTS[shape], strict=True)]
     across, upright = (room >= AWAY * length for room in rooms)
@@ -190,7 +191,7 @@ def _two(dice: Dice, width: int, height: int) -> Scene:
     background, others = _colors(dice)
     while True:
         what = [(dice.choice(others), dice.choice(SHAPES), dice.choice(SIZES)) for _ in range(2)]
-        radii = [dice.near(*(SMALL if size == "small" else LARGE_BESIDE)) * length
+        radii = [dice.near(*(SMALL_BESIDE if size == "small" else LARGE_BESIDE)) * length
                  for _, _, size in what]
         # room left on either axis when both stand beside each other, or below
         free = [side - (GAP + 2 * MARGIN) * length
@@ -220,7 +221,7 @@ def _count(dice: Dice, width: int, height: int) -> Scene:
     length = math.sqrt(width * height)
     background, others = _colors(dice)
     color, shape, number = dice.choice(others), dice.choice(SHAPES), dice.choice((2, 3))
-    radius = dice.near(*SMALL) * length
+    radius = dice.near(*SMALL_BESIDE) * length
     half = [extent * radius for extent in EXTENTS[shape]]
     edge = [h + MARGIN * length for h in half]
     while True:

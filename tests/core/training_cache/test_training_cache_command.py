@@ -22,7 +22,8 @@ def command(made, tmp_path, monkeypatch):
 
     monkeypatch.setenv("COLUMNS", "200")
     shutil.copytree(made / "images", tmp_path / "images")
-    named = ["--t5", STARTER.t5_file, "--vae", STARTER.vae, "--model", STARTER.transformer]
+    named = ["--t5", STARTER.t5_file, "--vae", STARTER.vae, "--model", STARTER.transformer,
+             "--image-size", 64]
     return lambda *more: testing.CliRunner().invoke(
         app, [str(a) for a in ("train", "cache", tmp_path / "images", tmp_path / "out", *named,
                                *more)])
