@@ -92,6 +92,8 @@ def _quantize(label: str, starter: Starter, source: Path, target: Path, folder: 
         words.write_text("\n".join(full_caption(s, 7, i) for i, s in enumerate(scenes)))
         arguments = [*arguments, "--t5", str(starter.t5_file), "--prompts", str(words),
                      "--count", str(len(scenes))]
+        if source != starter.lcm:  # as the pictures are drawn
+            arguments += ["--guidance", str(starter.guidance)]
     if app(["quantize", str(source), str(target), *arguments], standalone_mode=False):
         raise SystemExit(f"pixart quantize failed for {label}")
 

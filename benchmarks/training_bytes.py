@@ -88,11 +88,11 @@ def count(recipe: Recipe, steps: int = 2) -> Held:
     with FakeCopyMode(fake):
         recipe = copy.deepcopy(recipe)
     modules = recipe.every_module()
-    for module in modules:
+    prepare_modules(recipe)
+    for module in modules:  # after it: what counts is a GPU's attention, in the layers' dtype
         for part in module.modules():
             if isinstance(part, pc.PixArtTransformer):
                 part.attention = fused
-    prepare_modules(recipe)
     settings, counter = recipe.settings, LiveBytes()
     with fake, counter:
         optimizer = make_optimizer(settings, recipe.parameter_groups())

@@ -28,7 +28,7 @@ from .curves import Curves
 from .draws import Draws
 from .interrupts import interrupts, leave_interrupts
 from .optimizers import learning_rate, make_optimizer, set_learning_rate
-from .precision import checkpoint_blocks, keep_time_path_float32
+from .precision import attend_in_float32, checkpoint_blocks, keep_time_path_float32
 from .recipe import Losses, Recipe
 from .settings import RunSettings, to_json
 
@@ -187,6 +187,8 @@ def prepare_modules(recipe: Recipe) -> None:
                   if isinstance(m, PixArtTransformer)}
         for model in models.values():
             keep_time_path_float32(model)
+            if next(model.parameters()).device.type == "cpu":
+                attend_in_float32(model)
     if recipe.settings.gradient_checkpointing:
         checkpoint_blocks([recipe.trained])
 

@@ -129,8 +129,8 @@ def test_packed_layers_equal_dense_ones(quant, written):
     """Unpacking in the forward pass is the same as loading the unpacked weights."""
     packed = pc.load_transformer(written[quant], dtype=torch.float32)
     dense = pc.load_transformer(*pc.open_transformer(written[quant])[:1], dtype=torch.float32,
-                                num_heads=packed.config.num_heads, variant="alpha", image_size=64,
-                                base_size=4, pe_interpolation=1.0)
+                                num_heads=packed.config.num_heads, variant="alpha", image_size=128,
+                                base_size=8, pe_interpolation=1.0)
     assert torch.equal(predict(packed), predict(dense))
 
 

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 import pixart_core as pc
+from benchmarks import training_bytes
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.small_memory import META, placeholder, text_phase
 from benchmarks.training import recipe_at_full_size, write_random_model
@@ -116,3 +117,21 @@ def test_a_training_step_holds_weights_and_the_optimisers_state(name, tmp_path):
         assert not isinstance(next(recipe.trained.parameters()).data, FakeTensor)
     assert held[0].peak < 0.9 * held[1].peak
     assert held[0].peak > held[0].after + trained  # gradients are there before the state is used
+
+
+def test_a_counted_step_attends_in_its_own_precision(tmp_path, monkeypatch):
+    """Protects the count of a GPU's step from what a CPU needs: attention in 16 bits, not in 32."""
+    config = pc.PRESETS["alpha-256"].replace(hidden_size=96, num_heads=4, depth=1,
+                                             mlp_hidden_size=192, caption_channels=32)
+    path = tmp_path / "model.safetensors"
+    write_random_model(path, config)
+    inner, seen = training_bytes.fused, set()
+
+    def watched(q, k, v, mask):
+        seen.update((q.dtype, k.dtype, v.dtype))
+        return inner(q, k, v, mask)
+
+    monkeypatch.setattr(training_bytes, "fused", watched)
+    training_bytes.count(recipe_at_full_size("lcm", path, config, tmp_path, 1, 256, steps=1,
+                                             precision="bf16", checkpointing=False), steps=1)
+    assert seen == {torch.bfloat16}

@@ -43,7 +43,7 @@ MIXED = SceneSettings(128, ("1:1", "5:3", "3:5"), two=0.35, counts=0.35, corners
 
 
 def _one(**changes: object) -> Scene:
-    thing = SceneObject("red", "circle", "large", 40, 64, 30)
+    thing = SceneObject("red", "circle", "large", 40, 64, 33)
     return Scene(128, 128, "one", "blue", (dataclasses.replace(thing, **changes),), place="left")
 
 
@@ -77,11 +77,11 @@ def test_mild_blur_noise_and_jpeg_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_where_and_how_large_is_measured_to_a_pixel(shape: str) -> None:
     """Protects radius, middle and box of every shape, beside the words for them."""
-    seen = detect(_picture(_one(shape=shape, x=41.3, y=70.6, radius=29.2)))
+    seen = detect(_picture(_one(shape=shape, x=41.3, y=70.6, radius=32.2)))
     [found] = seen.objects
     assert (seen.background, found.color, found.shape, found.size) == (
         "blue", "red", shape, "large")
-    for value, wanted in ((found.x, 41.3), (found.y, 70.6), (found.radius, 29.2)):
+    for value, wanted in ((found.x, 41.3), (found.y, 70.6), (found.radius, 32.2)):
         assert value == pytest.approx(wanted, abs=0.5)
     assert found.box[0] < found.x < found.box[2] and found.box[1] < found.y < found.box[3]
     assert found.confidence > 0.8
@@ -211,7 +211,8 @@ def test_edges_agree_with_their_own_outline_and_with_no_other() -> None:
 def test_half_an_outline_has_precision_without_recall() -> None:
     """Protects the two halves of F1: lines that are not followed, lines nobody drew."""
     both = dataclasses.replace(_one(), kind="count", place=None, objects=(
-        dataclasses.replace(_one().objects[0], x=34), dataclasses.replace(_one().objects[0], x=96)))
+        dataclasses.replace(_one().objects[0], x=34, radius=28),
+        dataclasses.replace(_one().objects[0], x=96, radius=28)))
     first = dataclasses.replace(_one(), objects=both.objects[:1])
     less = edge_agreement(_picture(first), outline([both])[0])
     more = edge_agreement(_picture(both), outline([first])[0])

@@ -238,6 +238,20 @@ def test_half_precision_keeps_the_time_path_float32(model, tmp_path):
         assert torch.equal(recipe.trained.t_embedder(torch.tensor([[999.0]])), hidden)
 
 
+def test_half_precision_on_a_cpu_attends_in_float32(model, tmp_path):
+    """Protects its speed there: fused attention is slow backward in bfloat16."""
+    recipe = start("base", tmp_path, model, steps=1, precision="bf16")
+    inner, seen = recipe.trained.attention, set()
+
+    def watched(q, k, v, mask):
+        seen.update((q.dtype, k.dtype, v.dtype, torch.is_autocast_enabled("cpu")))
+        return inner(q, k, v, mask)
+
+    recipe.trained.attention = watched
+    train(recipe)
+    assert seen == {torch.float32, False}
+
+
 def test_gradient_checkpointing_changes_nothing(model, tmp_path):
     """Protects recomputation: bit for bit the same run."""
     for on in (False, True):

@@ -1,5 +1,7 @@
 """The recipes beside the transformer: VAE, text encoder, edge detector."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -116,6 +118,31 @@ def test_latent_noise_reaches_the_decoder_and_nothing_else(folder, tmp_path):
     assert not torch.equal(plain["error"], first["error"])
 
 
+@torch.no_grad()
+def test_edge_noise_lies_where_latents_change(folder, tmp_path):
+    """Protects the decoder's training on what models get wrong: no noise where nothing changes,
+    more where more does, and the clean latents as they are."""
+    recipe = RECIPES["vae"][0](recipe_settings("vae", QUICK | {
+        "out": tmp_path, "data": folder, "crop": 16, "edge_noise": 0.5}))
+    network, read = recipe.trained.network, []
+    latents = torch.zeros(1, 4, 8, 8)
+    latents[:, :, :, 4:] = 2.0
+    network.encode = lambda images: SimpleNamespace(latents=latents)
+    network.decode = lambda z: read.append(z) or SimpleNamespace(sample=images)
+    images, noise = torch.zeros(1, 3, 64, 64), torch.ones_like(latents)
+    _, clean = recipe.trained(images, noise, 0.0, 0.5)
+    added = (read[0] - latents)[0, 0, 0]
+    assert torch.equal(clean, latents)
+    # a third of the neighbourhood differs by 2: deviation 2 * sqrt(1/3 * 2/3)
+    edge = 0.5 * 2 * (2 / 9) ** 0.5
+    assert torch.allclose(added, torch.tensor([0, 0, 0, edge, edge, 0, 0, 0]), atol=1e-5)
+    recipe.trained(images, noise, 0.1, 0.5)
+    assert torch.allclose(read[1] - read[0], torch.full_like(latents, 0.1))
+    batch = recipe.samples.batch(0, 4)
+    first, second = (recipe._noise(batch.images, Draws(0, range(4))) for _ in range(2))
+    assert torch.equal(first, second) and first.std() > 0.1
+
+
 def test_the_anchor_is_a_small_picture():
     """Protects what latents are pulled to: colours where they are plain, and edges between the
     cells, as windows of each channel that lie elsewhere see them."""
@@ -189,7 +216,7 @@ def test_a_vae_run_goes_on_exactly_and_from_the_same_file(folder, tmp_path):
         run("vae", tmp_path / "parts", steps=5, **same | {"vae": files[1]})
 
 
-@pytest.mark.parametrize("name", ["latent_noise", "moments", "anchor"])
+@pytest.mark.parametrize("name", ["latent_noise", "edge_noise", "moments", "anchor"])
 def test_strengths_below_zero_are_refused(name, folder, tmp_path):
     with pytest.raises(ValueError, match=f"{name} is -0.1; use 0 or more"):
         recipe_settings("vae", {"out": tmp_path, "data": folder, name: -0.1})

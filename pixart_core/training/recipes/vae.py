@@ -36,6 +36,9 @@ class VAESettings(RunSettings):
     latent_noise: the decoder reads latents with noise of up to this deviation, drawn anew for
         every picture, so that what a model gets slightly wrong still decodes; 0 for none. Wants
         `anchor`, `decoder_only` or `moments` of 0.1, or latents grow out of the noise.
+    edge_noise: more of that noise where latents change: up to this share of their deviation in
+        each neighbourhood of 3 x 3, as small models are wrong about edges first. The decoder then
+        draws the outline that fits best. Wants the same company.
     anchor: weight of the squared distance between the latents and `anchor_of` the picture. Latents
         that follow the picture are learnt quickly by small models: free ones carry edges in codes
         as wild as noise. 0 for free latents.
@@ -50,13 +53,14 @@ class VAESettings(RunSettings):
     vae: Path | None = None
     moments: float = 0.01
     latent_noise: float = 0.0
+    edge_noise: float = 0.0
     anchor: float = 0.0
     decoder_only: bool = False
     ema_decay: float | None = 0.999
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("moments", "latent_noise", "anchor"):
+        for name in ("moments", "latent_noise", "edge_noise", "anchor"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
         if self.decoder_only and self.vae is None:
@@ -91,6 +95,15 @@ def anchor_of(images: Tensor) -> Tensor:
         for k, (_, (down, right)) in enumerate(_WINDOWS)], 1)
 
 
+def local_deviation(latents: Tensor) -> Tensor:
+    """Deviation in each neighbourhood of 3 x 3, edges repeated: (B, C, h, w), the same for all
+    channels -> (B, 1, h, w)."""
+    padded = F.pad(latents, (1, 1, 1, 1), mode="replicate")
+    mean = F.avg_pool2d(padded, 3, 1)
+    variance = F.avg_pool2d(padded.square(), 3, 1) - mean.square()
+    return variance.mean(1, keepdim=True).clamp(min=0).sqrt()
+
+
 class Autoencoder(nn.Module):
     """diffusers' AutoencoderTiny from pictures to pictures, as one `forward`."""
 
@@ -100,13 +113,22 @@ class Autoencoder(nn.Module):
         # channels last: a fifth faster on the CPU, and what tensor cores want
         self.network = diffusers.AutoencoderTiny().to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) in 0..1 -> pictures of the same range, and latents; `noise`
-        (B, 4, H/8, W/8) is added to what is decoded."""
+    def forward(self, images: Tensor, noise: Tensor | None = None, everywhere: float = 1.0,
+                at_edges: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) in 0..1 -> pictures of the same range, and latents.
+
+        What is decoded has `noise` (B, 4, H/8, W/8) in it, times `everywhere` plus `at_edges`
+        times the latents' deviation around each cell.
+        """
         images = images.contiguous(memory_format=torch.channels_last)
         latents = self.network.encode(images * 2 - 1).latents
-        decoded = latents if noise is None else latents + noise
-        return self.network.decode(decoded).sample / 2 + 0.5, latents
+        decoded = latents
+        if noise is not None:
+            scale = everywhere
+            if at_edges:
+                scale = scale + at_edges * local_deviation(latents.detach().float())
+            decoded = latents + noise * scale
+        return self.network.decode(decoded).sample.float() / 2 + 0.5, latents
 
 
 class VAE(Recipe):
@@ -135,7 +157,8 @@ class VAE(Recipe):
         self.average = averaged_copy(self.trained) if settings.ema_decay is not None else None
 
     def loss(self, trained: nn.Module, batch: Pictures, draws: Draws) -> Losses:
-        images, latents = trained(batch.images, self._noise(batch.images, draws))
+        images, latents = trained(batch.images, self._noise(batch.images, draws),
+                                  self.settings.latent_noise, self.settings.edge_noise)
         error = (images - batch.images).abs().mean()
         channels = latents.float().transpose(0, 1).flatten(1)  # (4, everything else)
         moments = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
@@ -147,11 +170,12 @@ class VAE(Recipe):
         return Losses(total, parts)
 
     def _noise(self, images: Tensor, draws: Draws) -> Tensor | None:
-        if not self.settings.latent_noise:
+        """Noise of a strength of its own for every picture, up to 1."""
+        if not (self.settings.latent_noise or self.settings.edge_noise):
             return None
         count, _, height, width = images.shape
         shape = (count, LATENT_CHANNELS, height // DOWNSCALE, width // DOWNSCALE)
-        strength = self.settings.latent_noise * draws.uniform().to(images)
+        strength = draws.uniform().to(images)
         return strength.view(-1, 1, 1, 1) * draws.noise(images.new_empty(shape))
 
     def after_step(self, step: int) -> None:
