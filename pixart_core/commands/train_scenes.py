@@ -34,6 +34,9 @@ def scenes(
         help="train, held_out or all attribute combinations. The evaluation draws held_out ones."
     )] = "train",
     phrasings: Annotated[int, flag(help="Captions of each picture.")] = 4,
+    named: Annotated[str | None, flag(
+        help="What captions name beside shapes and their count, such as color,background for a "
+             "ControlNet that outlines alone shall steer. [some of everything, at random]")] = None,
     edges: Annotated[bool, flag(
         "--edges", help="Write each picture's outline too, to train a ControlNet on.")] = False,
 ) -> None:
@@ -46,7 +49,8 @@ def scenes(
         settings = ExportSettings(
             count, seed,
             SceneSettings(image_size, listed(ratios), two, counts, corners, spread, grid),
-            split, phrasings, outlines=edges)
+            split, phrasings, outlines=edges,
+            named=None if named is None else tuple(listed(named)))
         with progress_bars(errors, hidden=True) as progress:
             task = progress.add_task("pictures", total=count)
             lines = export_scenes(out, settings,

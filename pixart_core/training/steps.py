@@ -22,6 +22,8 @@ def _scenes(out: Path, settings: dict[str, Any]) -> None:
     own = {name: settings.pop(name) for name in names if name in settings}
     if "ratios" in own:
         own["ratios"] = tuple(own["ratios"])
+    if settings.get("named") is not None:
+        settings["named"] = tuple(settings["named"])
     export_scenes(out, ExportSettings(scenes=SceneSettings(**own), **settings))
 
 

@@ -170,18 +170,18 @@ def test_spread_holds_pairs_near_too() -> None:
     assert len(places) < 1200 and all(len(spots) == 1 for spots in places.values())
 
 
-def test_a_set_from_before_there_was_a_spread_goes_on(tmp_path) -> None:
-    """Protects sets that are there: without the words they have the whole spread and no grid."""
-    export_scenes(tmp_path / "set", _export(4))
-    file = tmp_path / "set" / "scenes.json"
-    facts = json.loads(file.read_text())
-    del facts["scenes"]["spread"], facts["scenes"]["grid"]
-    file.write_text(json.dumps(facts))
-    export_scenes(tmp_path / "set", _export(4))
+def test_a_set_of_other_scenes_does_not_go_on(tmp_path) -> None:
+    """Protects sets that are there: with another spread, or drawn by an older version."""
     settings = _export(4)
+    export_scenes(tmp_path / "set", settings)
     narrow = dataclasses.replace(settings.scenes, spread=0.5)
     with pytest.raises(ValueError, match="another folder"):
         export_scenes(tmp_path / "set", dataclasses.replace(settings, scenes=narrow))
+    file = tmp_path / "set" / "scenes.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"version": facts["version"] - 1}))
+    with pytest.raises(ValueError, match="another folder"):
+        export_scenes(tmp_path / "set", settings)
 
 
 def test_picture_sizes_are_multiples_of_16_of_one_area() -> None:
@@ -331,6 +331,23 @@ def test_an_export_holds_what_its_lines_say(tmp_path) -> None:
         assert max(abs(a - b) for a, b in zip(near, COLORS[scene.background], strict=True)) <= 3
         with Image.open(lines.parent / entry["control"]) as hint:
             assert hint.size == (scene.width, scene.height) and hint.mode == "L"
+
+
+def test_captions_of_an_export_name_what_they_are_told_to(tmp_path) -> None:
+    """Protects sets to train a ControlNet on: colours in words, everything else in the outline."""
+    settings = _export(30, phrasings=3, named=("background", "color"))
+    entries = [json.loads(line) for line in
+               export_scenes(tmp_path / "set", settings).read_text().splitlines()]
+    texts = [text for entry in entries for text in entry["text"] if entry["scene"]["kind"] != "two"]
+    for entry in entries:
+        scene = Scene.from_dict(entry["scene"])
+        for text in entry["text"]:
+            assert scene.background in text and scene.objects[0].color in text
+            assert scene.objects[0].shape in text
+    assert not [t for t in texts if re.search("large|small|left|right|top|bottom|cent", t)]
+    assert len(set(texts)) > 30  # three phrasings each
+    with pytest.raises(ValueError, match="named is colour; use background, count, color"):
+        _export(named=("colour",))
 
 
 def test_an_interrupted_export_goes_on_and_ends_the_same(tmp_path) -> None:

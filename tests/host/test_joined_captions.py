@@ -33,7 +33,7 @@ def draw(graph, name, positive, latent):
 def test_each_picture_is_that_of_its_joined_prompts_alone(host, join, first, second):
     """Beside a longer negative, which pads them all; padding of either batch stays unseen.
 
-    bar: 1e-4 relative; the joined text moves the latents by percents.
+    bar: 3e-4 relative; the joined text moves the latents by percents.
     """
     graph = StarterGraph(negative=LONG, batch=len(first))
     batch = prompt_batch(graph, first)
@@ -46,7 +46,7 @@ def test_each_picture_is_that_of_its_joined_prompts_alone(host, join, first, sec
     host.run(graph)
     joined, unjoined = saved(host, "joined"), saved(host, "unjoined")
     for i in range(len(first)):
-        assert relative(joined[i], saved(host, f"alone_{i}")[0]) < 1e-4
+        assert relative(joined[i], saved(host, f"alone_{i}")[0]) < 3e-4
         assert relative(joined[i], unjoined[i]) > 0.01
 
 

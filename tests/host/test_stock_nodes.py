@@ -164,16 +164,16 @@ def test_latent_mask_keeps_what_it_covers(host):
 
 
 def test_area_conditioning(host):
-    """ConditioningSetArea crops what each prompt sees; both halves change with their prompt."""
+    """ConditioningSetArea crops what a prompt sees: a step changes that half and no other."""
     graph = StarterGraph(width=128, height=128)
     other = graph.encode("a small green square on a yellow background")
     area = graph.add("ConditioningSetArea", conditioning=other, width=128, height=64, x=0, y=64,
                      strength=4.0)
     both = graph.add("ConditioningCombine", conditioning_1=graph.positive, conditioning_2=area)
-    graph.tensors(graph.ksampler(steps=4), "plain")
-    latent = samples(host, graph, graph.ksampler(steps=4, positive=both), "area")
+    graph.tensors(graph.ksampler(steps=1), "plain")
+    latent = samples(host, graph, graph.ksampler(steps=1, positive=both), "area")
     change = (latent - host.read_tensors("plain")["value.samples"]).abs().mean(dim=(0, 1, 3))
-    assert change[8:].mean() > 1.3 * change[:8].mean()  # FIGURES
+    assert change[:8].max() < 1e-4 and change[8:].min() > 0.01
 
 
 def test_mask_conditioning(host):

@@ -51,7 +51,7 @@ def test_states_equal_the_engines(host):
     found = states(host, {name: {"precision": name} for name in precisions})
     for precision, caption in found.items():
         engine = T5TextEncoder.from_path(STARTER.t5_file, torch.float32, precision=precision)
-        assert relative(caption, engine.states(PROMPT, TOKENS)) < 2e-3, precision
+        assert relative(caption, engine.states(PROMPT, TOKENS)) < 5e-3, precision
     for name in ("bf16", *QUANTIZED):
         assert relative(found[name], found["auto"]) > 1e-4, f"{name} changes nothing"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...extras import require
 from ...whole import whole_file
 from ..draws import mix_seed
-from .captions import captions
+from .captions import ATTRIBUTES, caption_naming, captions
 from .draw import SceneSettings, Split, draw_scene
 from .render import color_shifts, outline, render
 from .scene import Scene
@@ -41,6 +41,9 @@ class ExportSettings:
         phrasings: captions of every picture; the first one names everything.
         jitter: colours move by up to this many 255ths.
         outlines: write the outline of every picture too, to train a ControlNet on.
+        named: attributes that captions name beside shapes and their count, in every picture the
+            same: for a ControlNet, colours alone, so that outlines have to say the rest. None
+            leaves some out at random.
     """
 
     count: int
@@ -50,6 +53,7 @@ class ExportSettings:
     phrasings: int = 4
     jitter: float = 2.0
     outlines: bool = False
+    named: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("count", "phrasings"):
@@ -57,6 +61,9 @@ class ExportSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.split not in _SPLITS:
             raise ValueError(f"split is {self.split!r}; use one of {', '.join(_SPLITS)}")
+        unknown = sorted(set(self.named or ()) - set(ATTRIBUTES))
+        if unknown:
+            raise ValueError(f"named is {', '.join(unknown)}; use {', '.join(ATTRIBUTES)}")
         if self.jitter < 0:
             raise ValueError(f"jitter is {self.jitter}; use 0 or more")
 
@@ -95,11 +102,10 @@ def export_scenes(out: str | Path, settings: ExportSettings,
 
 
 def _settings_of(out: Path) -> Any:
-    """What the set in `out` was made of; before there were spread and grid it was as by default."""
+    """What the set in `out` was made of."""
     try:
-        found = json.loads((out / "scenes.json").read_text(encoding="utf-8"))
-        return {**found, "scenes": {"spread": 1.0, "grid": False, **found["scenes"]}}
-    except (OSError, ValueError, TypeError, KeyError):
+        return json.loads((out / "scenes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
@@ -111,7 +117,11 @@ def _chunks(settings: ExportSettings) -> Iterator[tuple[list[int], list[Scene]]]
 
 
 def _entry(number: int, scene: Scene, settings: ExportSettings) -> dict[str, Any]:
-    said = captions(scene, settings.seed, number, settings.phrasings)
+    if settings.named is None:
+        said = captions(scene, settings.seed, number, settings.phrasings)
+    else:
+        said = [caption_naming(scene, settings.named, mix_seed(settings.seed, i), number)
+                for i in range(settings.phrasings)]
     entry: dict[str, Any] = {"file_name": f"images/{number:06d}.png",
                              "text": [caption.text for caption in said],
                              "scene": scene.to_dict()}
