@@ -9,4 +9,4 @@ from pixart_core.training.scenes import SceneSettings
 
 # as in the step "scenes" of pixart_core/training/configs/starter.yaml
 SQUARE = SceneSettings(Starter.image_size, spread=0.0, grid=True)
-SCENES = dataclasses.replace(SQUARE, ratios=("1:1", "5:3", "3:5"), corners=0.1)  # FIGURES
+SCENES = dataclasses.replace(SQUARE, ratios=("1:1", "5:3", "3:5"), corners=0.1)

@@ -86,8 +86,8 @@ def test_the_program_draws_what_it_is_asked(tmp_path):
     image = torch.from_numpy(numpy.array(Image.open(out))).permute(2, 0, 1).float() / 255
     assert image.shape == (3, STARTER.image_size, STARTER.image_size)
     seen = detect(image)
-    assert seen.background == "blue" and len(seen.objects) == 1  # FIGURES
-    assert (seen.objects[0].color, seen.objects[0].size) == ("red", "large")  # FIGURES
+    assert seen.background == "blue" and len(seen.objects) == 1
+    assert (seen.objects[0].color, seen.objects[0].size) == ("red", "large")
     kept = read_settings(out)
     assert (kept["guidance"], kept["steps"]) == (STARTER.guidance, STARTER.steps)
 

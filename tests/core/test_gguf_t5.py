@@ -140,7 +140,7 @@ def test_packed_layers_equal_dense_ones(packed_file, tmp_path, reference):
     assert torch.equal(packed(PROMPTS[0], 24)[0], dense(PROMPTS[0], 24)[0])
 
 
-@pytest.mark.parametrize(("dtype", "bar"), [(None, 5e-2), (torch.float16, 3e-2)])  # FIGURES
+@pytest.mark.parametrize(("dtype", "bar"), [(None, 5e-2), (torch.float16, 3e-2)])
 def test_half_precision_and_memory(dtype, bar, packed_file, reference):
     """Packed in any dtype; wo keeps float32's range in float16, as without packing."""
     encoder = T5TextEncoder.from_path(packed_file, dtype=dtype)

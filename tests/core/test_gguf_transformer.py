@@ -23,7 +23,7 @@ WEIGHT_ERROR = {"BF16": 2.5e-3, "F16": 3e-4, "Q8_0": 6e-3, "Q5_1": 4e-2, "Q5_0":
                 "Q4_1": 8e-2, "Q4_0": 1e-1}
 # of the starter's and the golden models' predictions
 OUTPUT_ERROR = {"BF16": 1e-3, "F16": 5e-4, "Q8_0": 4e-3, "Q5_1": 2.5e-2, "Q5_0": 3e-2,
-                "Q4_1": 5e-2, "Q4_0": 5e-2}  # FIGURES
+                "Q4_1": 5e-2, "Q4_0": 5e-2}
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_the_starter_draws_what_was_asked(pipe, student):
     for pipeline, guidance, floor in ((pipe, STARTER.guidance, 0.9), (student, None, 0.7)):
         shares = evaluate(pipeline, prompts, DrawSettings(guidance=guidance, seed=1)).rows["all"]
         for name in ("background", "color", "size", "place"):
-            assert shares[name].mean >= floor, (name, shares)  # FIGURES
+            assert shares[name].mean >= floor, (name, shares)
 
 
 def test_other_sizes_and_callback(pipe):
@@ -159,10 +159,10 @@ def test_image_to_image_keeps_the_picture(pipe):
     for sampler in ("dpm", "lcm"):
         kept = pipe.generate(prompt, image=image, strength=0.3, steps=4, sampler=sampler,
                              guidance=1.0)
-        assert (_as_tensor(kept) - _as_tensor(image)).abs().mean() < 0.1  # FIGURES
+        assert (_as_tensor(kept) - _as_tensor(image)).abs().mean() < 0.1
     away = pipe.generate(PROMPT, image=image, strength=1.0, steps=20, guidance=STARTER.guidance)
     seen = detect(_as_tensor(away))
-    assert seen.background == "blue" and seen.objects[0].color == "red"  # FIGURES
+    assert seen.background == "blue" and seen.objects[0].color == "red"
     large = pipe.generate(prompt, image=image.resize((200, 100)), strength=0.3, steps=2)
     assert large.size == (128, 128)
 

@@ -38,17 +38,17 @@ def test_pictures_follow_edges_and_keep_the_prompts_colours(wrong):
     """Protects the ControlNet templates' promise, in the engine."""
     settings = DrawSettings(steps=STARTER.steps, guidance=STARTER.guidance)
     plain, steered = followed(STARTER.transformer, settings, wrong)
-    assert steered.f1 > 0.65  # FIGURES
-    assert steered.f1 > plain.f1 + 0.25  # FIGURES
+    assert steered.f1 > 0.65
+    assert steered.f1 > plain.f1 + 0.25
     shares = steered.report.rows["all"]
-    assert shares["color"].mean >= 5 / 6 and shares["background"].mean >= 5 / 6  # FIGURES
+    assert shares["color"].mean >= 5 / 6 and shares["background"].mean >= 5 / 6
 
 
 def test_the_lcm_student_follows_them_too():
     """4 steps without guidance, on the ControlNet of the base model."""
     plain, steered = followed(STARTER.lcm, DrawSettings(steps=STARTER.lcm_steps), False)
-    assert steered.f1 > 0.65  # FIGURES
-    assert steered.f1 > plain.f1 + 0.25  # FIGURES
+    assert steered.f1 > 0.65
+    assert steered.f1 > plain.f1 + 0.25
 
 
 def test_prompts_with_wrong_words_ask_for_colours_alone():
@@ -79,5 +79,5 @@ def test_edges_are_thin_lines_on_the_outline(size):
     grid = torch.arange(size) + 0.5
     rows, columns = torch.meshgrid((grid - y) / radius, (grid - x) / radius, indexing="ij")
     distance = (signed_distance("square", columns, rows) * radius).abs()
-    assert (distance[edges] < 2).float().mean() > 0.95  # FIGURES
-    assert edges[distance < 0.5].float().mean() > 0.8  # FIGURES
+    assert (distance[edges] < 2).float().mean() > 0.95
+    assert edges[distance < 0.5].float().mean() > 0.8

@@ -20,7 +20,7 @@ def test_the_4_bit_student_is_the_student():
     student, packed = (pc.load_transformer(path, dtype=torch.float32)
                        for path in (STARTER.lcm, STARTER.lcm_svdquant))
     assert packed.config == student.config
-    assert STARTER.lcm_svdquant.stat().st_size < 0.6 * STARTER.lcm.stat().st_size  # FIGURES
+    assert STARTER.lcm_svdquant.stat().st_size < 0.6 * STARTER.lcm.stat().st_size
     assert {m.packing for m in packed.modules() if getattr(m, "packing", None)} == {"svdquant_w4a4"}
     encoder = pc.text.T5TextEncoder.from_path(STARTER.t5_file, dtype=torch.float32)
     caption, mask = encoder([PROMPT], max_tokens=student.config.max_tokens)
@@ -29,7 +29,7 @@ def test_the_4_bit_student_is_the_student():
         wanted, found = (model(x, torch.tensor([500.0]), caption[:, : int(mask.sum())],
                                **sizes(x))[:, :4] for model in (student, packed))
     error = ((found - wanted).norm() / wanted.norm()).item()
-    assert 1e-3 < error < 0.15, error  # FIGURES
+    assert 1e-3 < error < 0.15, error
 
 
 def test_the_4_bit_student_draws_what_was_asked():
@@ -39,7 +39,7 @@ def test_the_4_bit_student_draws_what_was_asked():
     prompts = held_out_prompts(6, 23, SCENES)
     settings = DrawSettings(steps=STARTER.lcm_steps, guidance=1.0, sampler="lcm", seed=1)
     shares = evaluate(pipeline, prompts, settings).rows["all"]
-    assert shares["background"].mean >= 5 / 6 and shares["color"].mean >= 4 / 6, shares  # FIGURES
+    assert shares["background"].mean >= 5 / 6 and shares["color"].mean >= 4 / 6, shares
 
 
 def test_the_sigma_model_draws_what_was_asked():
@@ -50,8 +50,8 @@ def test_the_sigma_model_draws_what_was_asked():
     assert config.kv_compression.factor == 2
     settings = DrawSettings(steps=STARTER.steps, guidance=STARTER.guidance, seed=1)
     shares = evaluate(pipeline, held_out_prompts(6, 23, SCENES), settings).rows["all"]
-    assert shares["background"].mean >= 5 / 6 and shares["color"].mean >= 5 / 6, shares  # FIGURES
-    assert shares["place"].mean >= 5 / 6, shares  # FIGURES
+    assert shares["background"].mean >= 5 / 6 and shares["color"].mean >= 5 / 6, shares
+    assert shares["place"].mean >= 5 / 6, shares
 
 
 def test_one_vae_serves_both_variants():
@@ -64,4 +64,4 @@ def test_one_vae_serves_both_variants():
     torch.testing.assert_close(sigma.encode(image), latents * 0.13025 / 0.18215)
     decoded = sigma.decode(latents * 0.13025 / 0.18215)
     assert (decoded - alpha.decode(latents)).abs().max() < 1e-4
-    assert (decoded - image).abs().mean() < 0.05  # FIGURES
+    assert (decoded - image).abs().mean() < 0.05

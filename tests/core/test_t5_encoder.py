@@ -108,7 +108,7 @@ def test_float16_survives_activations_that_overflow_without_it(tmp_path):
 def test_bfloat16(encoder):
     half = T5TextEncoder.from_path(FILES["single"], torch.bfloat16)
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
-    assert relative(half(PROMPTS[:1], 24)[0], encoder(PROMPTS[:1], 24)[0]) < 0.03  # FIGURES
+    assert relative(half(PROMPTS[:1], 24)[0], encoder(PROMPTS[:1], 24)[0]) < 0.03
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -125,7 +125,7 @@ def test_fp8_files_are_close(encoder, tmp_path, scaled):
     save_file(tensors, tmp_path / "t5_fp8.safetensors")
     rounded = T5TextEncoder.from_path(tmp_path / "t5_fp8.safetensors", torch.float32)
     error = relative(rounded(PROMPTS[:1], 24)[0], encoder(PROMPTS[:1], 24)[0])
-    assert 1e-4 < error < 0.1  # FIGURES
+    assert 1e-4 < error < 0.1
     assert T5TextEncoder.from_path(tmp_path / "t5_fp8.safetensors").dtype == torch.bfloat16
 
 

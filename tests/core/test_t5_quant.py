@@ -23,7 +23,7 @@ STARTER = find_starter()
 PROMPT = "a large red circle on a blue background"
 PACKINGS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise", "int4": "awq_w4a16"}
 # relative error of the states: a step of the format, with room for other starters
-ERRORS = {"bf16": 0.005, "fp16": 0.001, "fp8": 0.05, "int8": 0.02, "int4": 0.15}  # FIGURES
+ERRORS = {"bf16": 0.005, "fp16": 0.001, "fp8": 0.05, "int8": 0.02, "int4": 0.15}
 
 
 def relative(a, b):

@@ -312,8 +312,8 @@ def test_the_present_starter_is_measured_as_it_was() -> None:
     prompts = held_out_prompts(6, 1000, SceneSettings(starter.image_size, spread=0.0, grid=True))
     settings = DrawSettings(steps=12, guidance=starter.guidance)
     rows = evaluate(pipeline, prompts, settings).rows["all"]
-    assert rows["background"].mean >= 5 / 6 and rows["color"].mean >= 5 / 6  # FIGURES
-    assert rows["place"].mean >= 5 / 6  # FIGURES
+    assert rows["background"].mean >= 5 / 6 and rows["color"].mean >= 5 / 6
+    assert rows["place"].mean >= 5 / 6
 
 
 def test_wrong_shapes_of_tensors_are_named() -> None:

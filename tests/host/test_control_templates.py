@@ -58,8 +58,8 @@ def test_the_shape_stays_where_the_colours_are_new(host, name):
     wanted = shape_mask(previews["First picture"])
     _, plain = shown(host, name, strength=0.0)
     found = overlap(shape_mask(steered), wanted)
-    assert found > 0.8  # FIGURES
-    assert found > overlap(shape_mask(plain), wanted) + 0.1  # FIGURES
+    assert found > 0.8
+    assert found > overlap(shape_mask(plain), wanted) + 0.1
 
 
 def test_two_controls_draw_both_shapes(host):
@@ -70,6 +70,6 @@ def test_two_controls_draw_both_shapes(host):
     rows, columns = (previews["As a hint"][0] > 0.5).nonzero(as_tuple=True)
     drawn = torch.zeros_like(first)
     drawn[rows.min():rows.max() + 1, columns.min():columns.max() + 1] = True
-    assert overlap(found, first | drawn) > 0.6  # FIGURES
+    assert overlap(found, first | drawn) > 0.5
     for shape in (first, drawn):
-        assert (found & shape).sum() > 0.6 * shape.sum()  # FIGURES
+        assert (found & shape).sum() > 0.5 * shape.sum()

@@ -47,7 +47,7 @@ def test_a_picture(host, file):
     plain = StarterGraph(prompt=PROMPT)
     save(plain, plain.ksampler(steps=3), "plain_t5")
     host.run(plain)
-    assert relative(saved(host, "packed_t5"), saved(host, "plain_t5")) < 2e-2  # FIGURES
+    assert relative(saved(host, "packed_t5"), saved(host, "plain_t5")) < 2e-2
 
 
 def test_cut_files_are_refused(host, file):

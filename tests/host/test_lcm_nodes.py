@@ -114,9 +114,9 @@ def test_seed_and_batch(host):
     save(graph, graph.lcm(seed=1, latent=repeated), "batch")
     host.run(graph)
     first, second, batch = saved(host, "first"), saved(host, "second"), saved(host, "batch")
-    assert relative(first, second) > 0.02  # FIGURES
+    assert relative(first, second) > 0.02
     assert batch.shape == (2, 4, 8, 8)
-    assert relative(batch[0], batch[1]) > 0.02  # FIGURES
+    assert relative(batch[0], batch[1]) > 0.02
     assert torch.equal(lcm_latents(host, "again", seed=1), first)
 
 
@@ -142,7 +142,7 @@ def test_strength_keeps_the_picture(host):
     host.run(graph)
     start = saved(host, "start")
     near, middle, far = (relative(saved(host, f"strength_{s}"), start) for s in (0.1, 0.5, 1.0))
-    assert near < middle < far  # FIGURES
+    assert near < middle < far
 
 
 def test_latent_mask(host):

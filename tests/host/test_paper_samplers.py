@@ -133,7 +133,7 @@ def test_dmd_mask_batch_and_progress(host):
     assert torch.equal(saved(host, "whole"), saved(host, "empty"))  # from noise alone
     batch = saved(host, "batch")
     assert batch.shape == (2, 4, 8, 8)
-    assert relative(batch[0], batch[1]) > 0.02  # FIGURES
+    assert relative(batch[0], batch[1]) > 0.02
     assert [(v, n) for node, v, n in result.progress if node == empty.id][-1] == (1, 1)
 
 

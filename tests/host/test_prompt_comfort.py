@@ -108,7 +108,7 @@ def test_each_picture_is_that_of_its_prompt_alone(host, sampler):
     assert len(together) == len(PROMPTS)
     for picture, (single,) in zip(together, alone, strict=True):
         assert np.abs(picture - single).max() <= 1
-    assert np.abs(together[0] - together[1]).max() > 50  # FIGURES
+    assert np.abs(together[0] - together[1]).max() > 50
 
 
 def test_the_batch_reports_every_prompt(host):

@@ -34,7 +34,7 @@ def test_the_4_bit_student_predicts_what_the_student_does(host, installation, en
         graph.add("ProbeApplyModel", model=model, file=file, name=name.split(".")[0])
     host.run(graph)
     student, packed = (saved(host, name.split(".")[0], "eps") for name in (LCM, SVDQUANT))
-    assert 1e-3 < relative(packed, student) < 0.15  # FIGURES
+    assert 1e-3 < relative(packed, student) < 0.15
 
 
 def test_the_sigma_model_is_taken_for_one(host):

@@ -102,7 +102,7 @@ def test_easy_cache_skips_steps(host):
     report = graph.add("ProbeReport", after=latent, label="cached")
     result = host.run(graph)
     attention = result.json(report)["attention"]
-    assert 0 < attention < 20 * 6 * 2  # FIGURES
+    assert 0 < attention < 20 * 6 * 2
 
 
 def test_merge_at_the_ends_is_bit_exact(host):

@@ -96,7 +96,7 @@ def test_a_picture(host):
         save(graph, graph.ksampler(steps=3), f"picture_{precision}")
         host.run(graph)
         latents[precision] = saved(host, f"picture_{precision}")
-    assert 0 < relative(latents["int8"], latents["auto"]) < 5e-2  # FIGURES
+    assert 0 < relative(latents["int8"], latents["auto"]) < 5e-2
 
 
 def test_quantised_files_are_not_quantised_again(host, written):

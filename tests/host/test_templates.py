@@ -142,15 +142,15 @@ def test_a_template_runs_as_it_is_and_draws_the_prompt(name, pictures):
     assert image.shape == (3, SIDE, SIDE)
     color, background = prompted(name)
     seen = detect(image)
-    assert seen.background == background  # FIGURES
-    assert color in [thing.color for thing in seen.objects]  # FIGURES
+    assert seen.background == background
+    assert color in [thing.color for thing in seen.objects]
 
 
 def test_inpainting_keeps_what_the_mask_leaves_out(pictures):
     """The left half, with the yellow square of the input, stays; the box is drawn anew."""
     seen = detect(pictures("PixArt inpainting")).objects
     places = {thing.color: thing.x < SIDE / 2 for thing in seen}
-    assert places == {"yellow": True, "red": False}  # FIGURES
+    assert places == {"yellow": True, "red": False}
 
 
 @pytest.mark.parametrize("name", SMALL_CARDS)
