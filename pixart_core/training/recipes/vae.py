@@ -96,8 +96,10 @@ def anchor_of(images: Tensor) -> Tensor:
 
 
 def local_deviation(latents: Tensor) -> Tensor:
-    """Deviation in each neighbourhood of 3 x 3, edges repeated: (B, C, h, w), the same for all
-    channels -> (B, 1, h, w)."""
+    """Deviation in each neighbourhood of 3 x 3, the root of the channels' mean variance.
+
+    (B, C, h, w) -> (B, 1, h, w); beyond the rim lies what is on it.
+    """
     padded = F.pad(latents, (1, 1, 1, 1), mode="replicate")
     mean = F.avg_pool2d(padded, 3, 1)
     variance = F.avg_pool2d(padded.square(), 3, 1) - mean.square()
