@@ -22,22 +22,19 @@ STARTER = find_starter()
 COUNT = 6
 
 
-def followed(transformer, settings, wrong):
-    """Scores without and with control on the edges that the starter's HED finds.
-
-    With `wrong` the words name another shape, size and place than the edges have.
-    """
+def followed(transformer, settings):
+    """Scores without and with control on the edges that the starter's HED finds; the words say
+    neither size nor place."""
     pipeline = pc.Pipeline.from_files(transformer, STARTER.t5, STARTER.vae, device="cpu",
                                       controlnet=STARTER.controlnet)
-    return evaluate_control(pipeline, prompts_for(COUNT, 1000, wrong), settings, (0.0, 1.0),
+    return evaluate_control(pipeline, prompts_for(COUNT, 1000, False), settings, (0.0, 1.0),
                             pc.HEDDetector.from_path(STARTER.hed))
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_pictures_follow_edges_and_keep_the_prompts_colours(wrong):
+def test_pictures_follow_edges_and_keep_the_prompts_colours():
     """Protects the ControlNet templates' promise, in the engine."""
     settings = DrawSettings(steps=STARTER.steps, guidance=STARTER.guidance)
-    plain, steered = followed(STARTER.transformer, settings, wrong)
+    plain, steered = followed(STARTER.transformer, settings)
     assert steered.f1 > 0.65
     assert steered.f1 > plain.f1 + 0.25
     shares = steered.report.rows["all"]
@@ -46,7 +43,7 @@ def test_pictures_follow_edges_and_keep_the_prompts_colours(wrong):
 
 def test_the_lcm_student_follows_them_too():
     """4 steps without guidance, on the ControlNet of the base model."""
-    plain, steered = followed(STARTER.lcm, DrawSettings(steps=STARTER.lcm_steps), False)
+    plain, steered = followed(STARTER.lcm, DrawSettings(steps=STARTER.lcm_steps))
     assert steered.f1 > 0.65
     assert steered.f1 > plain.f1 + 0.25
 
