@@ -119,7 +119,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize(("quant", "bar"), [(None, 1e-6), ("Q8_0", 1e-2),
+@pytest.mark.parametrize(("quant", "bar"), [(None, 1e-6), ("Q8_0", 2e-2),
                                             ("Q4_0", 0.15)])
 def test_embeddings_stay_close(quant, bar, tmp_path, tokenizer_metadata, reference):
     path = write_t5(tmp_path / "t5.gguf", quant, tokenizer_metadata)
