@@ -50,7 +50,7 @@ def scenes(
             count, seed,
             SceneSettings(image_size, listed(ratios), two, counts, corners, spread, grid),
             split, phrasings, outlines=edges,
-            named=None if named is None else tuple(listed(named)))
+            named=None if named is None else listed(named))
         with progress_bars(errors, hidden=True) as progress:
             task = progress.add_task("pictures", total=count)
             lines = export_scenes(out, settings,

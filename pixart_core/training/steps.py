@@ -19,11 +19,9 @@ def _scenes(out: Path, settings: dict[str, Any]) -> None:
     from .scenes import ExportSettings, SceneSettings, export_scenes
 
     names = ("image_size", "ratios", "two", "counts", "corners", "spread", "grid")
+    settings = {name: tuple(value) if isinstance(value, list) else value
+                for name, value in settings.items()}
     own = {name: settings.pop(name) for name in names if name in settings}
-    if "ratios" in own:
-        own["ratios"] = tuple(own["ratios"])
-    if settings.get("named") is not None:
-        settings["named"] = tuple(settings["named"])
     export_scenes(out, ExportSettings(scenes=SceneSettings(**own), **settings))
 
 

@@ -96,14 +96,20 @@ def test_t5_computes_in_float32_as_the_host_does(precision, numbers):
     assert numbers * largest < phase.rest < (numbers + 0.1) * largest
 
 
+def narrow_model(folder, depth):
+    """A file of random weights, and its config."""
+    config = pc.PRESETS["alpha-256"].replace(hidden_size=96, num_heads=4, depth=depth,
+                                             mlp_hidden_size=192, caption_channels=32)
+    path = folder / "model.safetensors"
+    write_random_model(path, config)
+    return path, config
+
+
 @pytest.mark.parametrize("name", ["lcm", "controlnet"])
 def test_a_training_step_holds_weights_and_the_optimisers_state(name, tmp_path):
     """Protects the counted bytes of training: after a step there are the weights and two numbers
     for each that is trained, and checkpointing lowers the peak between."""
-    config = pc.PRESETS["alpha-256"].replace(hidden_size=96, num_heads=4, depth=3,
-                                             mlp_hidden_size=192, caption_channels=32)
-    path = tmp_path / "model.safetensors"
-    write_random_model(path, config)
+    path, config = narrow_model(tmp_path, depth=3)
     held = []
     for checkpointing in (True, False):
         recipe = recipe_at_full_size(name, path, config, tmp_path, 4, 256, steps=2,
@@ -121,10 +127,7 @@ def test_a_training_step_holds_weights_and_the_optimisers_state(name, tmp_path):
 
 def test_a_counted_step_attends_in_its_own_precision(tmp_path, monkeypatch):
     """Protects the count of a GPU's step from what a CPU needs: attention in 16 bits, not in 32."""
-    config = pc.PRESETS["alpha-256"].replace(hidden_size=96, num_heads=4, depth=1,
-                                             mlp_hidden_size=192, caption_channels=32)
-    path = tmp_path / "model.safetensors"
-    write_random_model(path, config)
+    path, config = narrow_model(tmp_path, depth=1)
     inner, seen = training_bytes.fused, set()
 
     def watched(q, k, v, mask):

@@ -126,10 +126,8 @@ class Autoencoder(nn.Module):
         latents = self.network.encode(images * 2 - 1).latents
         decoded = latents
         if noise is not None:
-            scale = everywhere
-            if at_edges:
-                scale = scale + at_edges * local_deviation(latents.detach().float())
-            decoded = latents + noise * scale
+            around = local_deviation(latents.detach().float())
+            decoded = latents + noise * (everywhere + at_edges * around)
         return self.network.decode(decoded).sample.float() / 2 + 0.5, latents
 
 
