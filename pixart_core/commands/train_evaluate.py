@@ -28,7 +28,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
-    from ..training.evaluate import ControlRow, DrawSettings, Report
+    from ..training.evaluate import ControlRow, DrawSettings, Prompt, Report
     from ..training.scenes import SceneSettings
 
 _KINDS = ("one", "two", "counts")
@@ -51,6 +51,9 @@ def evaluate(
     prompts: Annotated[int, flag(help="Held-out prompts.")] = 128,
     kinds: Annotated[str, flag(
         help="What the prompts are of, in equal shares: one, two, counts.")] = "one",
+    named: Annotated[str | None, flag(
+        help="Attributes that the prompts name beside shapes and their count, such as "
+             "background,color. Only what is named is scored. [all]")] = None,
     image_size: Annotated[int | None, flag(
         help="Pixels of a square picture. [the model's training size, 128 without one]")] = None,
     ratios: Annotated[str, flag(help="Width to height, from 1:2 to 2:1: 1:1,5:3,3:5.")] = "1:1",
@@ -91,9 +94,9 @@ def evaluate(
         one_of("--sampler", sampler, SAMPLERS)
         for kind in listed(kinds):
             one_of("--kinds", kind, _KINDS)
-        if transformer is None and (t5 or vae or tokenizer or controlnet or hed):
-            raise typer.BadParameter("--t5, --vae, --tokenizer, --controlnet and --hed need "
-                                     "--transformer")
+        if transformer is None and (t5 or vae or tokenizer or controlnet or hed or named):
+            raise typer.BadParameter("--t5, --vae, --tokenizer, --controlnet, --hed and --named "
+                                     "need --transformer")
         if hed is not None and controlnet is None:
             raise typer.BadParameter("--hed needs --controlnet")
         if transformer is None and not judged:
@@ -110,9 +113,12 @@ def evaluate(
         if plot is not None:
             _check_plot(plot, controlnet, steered)
 
-        from ..training.evaluate import DrawSettings
-        from ..training.scenes import SceneSettings
+        from ..training.evaluate import DrawSettings, held_out_prompts
+        from ..training.scenes import ATTRIBUTES, SceneSettings
 
+        attributes = None if named is None else listed(named)
+        for name in attributes or ():
+            one_of("--named", name, ATTRIBUTES)
         pipeline = None
         draw = DrawSettings(steps, guidance, sampler, seed, batch_size)
         if transformer is not None:
@@ -129,12 +135,13 @@ def evaluate(
                               corners, spread, grid)
         result: dict[str, Any] = {"image_size": drawn.image_size, "ratios": drawn.ratios,
                                   "kinds": chosen, "corners": corners, "spread": spread,
-                                  "grid": grid, "scene_seed": scene_seed}
+                                  "grid": grid, "scene_seed": scene_seed, "named": attributes}
         if judged:
             result["judge"] = _judge(judged, drawn, scene_seed)
         if pipeline is not None:
             result["draw"] = vars(draw)
-            result |= _model(pipeline, prompts, drawn, draw, scene_seed)
+            asked = held_out_prompts(prompts, scene_seed, drawn, attributes)
+            result |= _model(pipeline, asked, draw)
             if controlnet is not None:
                 result |= _control(pipeline, prompts, drawn, draw, scene_seed, steered, hed, plot)
         if out is not None:
@@ -150,11 +157,10 @@ def _judge(count: int, drawn: SceneSettings, seed: int) -> dict[str, Any]:
     return {name: report.to_dict() for name, report in rates.items()}
 
 
-def _model(pipeline: Pipeline, count: int, drawn: SceneSettings, draw: DrawSettings,
-           seed: int) -> dict[str, Any]:
-    from ..training.evaluate import ceiling, evaluate, held_out_prompts
+def _model(pipeline: Pipeline, prompts: list[Prompt], draw: DrawSettings) -> dict[str, Any]:
+    from ..training.evaluate import ceiling, evaluate
 
-    prompts = held_out_prompts(count, seed, drawn)
+    count = len(prompts)
     reports = {"renders through the VAE": ceiling(pipeline.vae, prompts, draw.batch_size)}
     with progress_bars(errors, hidden=True) as progress:
         task = progress.add_task("drawing", total=count)

@@ -27,6 +27,7 @@ from launch import (  # noqa: E402
     find_host,
     has_package,
     log_tail,
+    missing_requirements,
     running_host,
 )
 
@@ -63,6 +64,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     found = terminalreporter.config.stash[_HOST]
     if isinstance(found, HostMissingError):
         found = f"skipped, {str(found).split(';')[0]}"
+    else:
+        missing = missing_requirements(found.python, REPOSITORY / "requirements.txt")
+        if missing:
+            found = (f"{found}, whose environment lacks {', '.join(missing)}: tests that need them "
+                     f"fail; install them there: {found.python} -m pip install -r requirements.txt")
     terminalreporter.write_line(f"host suite: {found}")
 
 

@@ -75,6 +75,18 @@ def has_package(python: Path, name: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+def missing_requirements(python: Path, requirements: Path) -> list[str]:
+    """The packages of a requirements file that a Python has not, whatever their version."""
+    names = re.findall(r"^[\w.-]+", _read(requirements), re.MULTILINE)
+    code = ("import sys\nfrom importlib.metadata import PackageNotFoundError, version\n"
+            "for name in sys.argv[1:]:\n"
+            "    try:\n        version(name)\n"
+            "    except PackageNotFoundError:\n        print(name)\n")
+    asked = subprocess.run([python, "-c", code, *names], capture_output=True, text=True,
+                           check=False)
+    return asked.stdout.split()
+
+
 def make_base(base: Path, packs: Mapping[str, Path]) -> None:
     """Lays out a base directory: models/*, input/, output/, ..., and a link for each node pack."""
     for name in MODEL_FOLDERS:

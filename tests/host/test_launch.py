@@ -7,7 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import HostMissingError, HostStartError, check_packs, end_process, find_host
+from launch import (
+    HostMissingError,
+    HostStartError,
+    check_packs,
+    end_process,
+    find_host,
+    missing_requirements,
+)
 
 
 def test_a_path_without_comfyui_is_refused_with_the_way_to_get_one(tmp_path):
@@ -44,6 +51,12 @@ def test_without_gguf_in_the_host_its_tests_skip_with_one_line(tmp_path, reposit
     skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
     assert done.returncode == 0, done.stdout
     assert len(skipped) == 1 and f"{python} -m pip install gguf" in skipped[0], done.stdout
+
+
+def test_what_the_host_lacks_of_the_requirements_is_named(tmp_path):
+    file = tmp_path / "requirements.txt"
+    file.write_text("pytest>=7\nno-such-package>=1  # of anybody\n")
+    assert missing_requirements(Path(sys.executable), file) == ["no-such-package"]
 
 
 def test_a_pack_that_does_not_load_is_named(host):

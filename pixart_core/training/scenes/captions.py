@@ -30,6 +30,7 @@ _RELATIONS = {
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _NUMBERS = {2: "two", 3: "three"}
 _LEFT_OUT = {"size": 0.2, "place": 0.2, "background": 0.15, "color": 0.05}
+_CENTRE_LEFT_OUT = 0.5  # of a single object in the centre; elsewhere its place is said
 _TAKEN = 2**32  # what captions draw with, so that they do not follow the scene's own draws
 
 
@@ -45,7 +46,8 @@ def captions(scene: Scene, seed: int, number: int, count: int = 4) -> list[Capti
     """`count` captions of scene `number` of `seed`, the same ones every time.
 
     The first names everything there is to say; the others now and then leave out size, place,
-    background or colour, as people do.
+    background or colour, as people do. Of a single object only the centre goes without saying:
+    who names no place means the middle, and a small model that may choose among nine blurs them.
     """
     dice = Dice(seed, number, _TAKEN)
     return [_caption(scene, dice, full=i == 0) for i in range(count)]
@@ -67,7 +69,10 @@ def caption_naming(scene: Scene, attributes: Collection[str], seed: int = 0,
 
 
 def _caption(scene: Scene, dice: Dice, full: bool) -> Caption:
-    said = {name: full or not dice.chance(share) for name, share in _LEFT_OUT.items()}
+    left_out = dict(_LEFT_OUT)
+    if scene.kind == "one":
+        left_out["place"] = _CENTRE_LEFT_OUT if scene.place == "centre" else 0.0
+    said = {name: full or not dice.chance(share) for name, share in left_out.items()}
     return _written(scene, dice, said)
 
 
