@@ -24,7 +24,7 @@ from .draw import SceneSettings, Split, draw_scene
 from .render import color_shifts, outline, render
 from .scene import Scene
 
-VERSION = 3  # of what a seed draws
+VERSION = 3  # of what a seed draws and says
 _CHUNK = 256
 _SPLITS = ("train", "held_out", "all")
 
