@@ -11,6 +11,7 @@ PROMPT = "a large red circle on a blue background"
 TOKENS = 40  # the starter's limit
 SIDE = 64  # pixels: half of the starter's size, for tests that do not look at the picture
 SMALL = {"width": SIDE, "height": SIDE}
+TRAINED = {"width": 2 * SIDE, "height": 2 * SIDE}  # elsewhere a hair's difference grows
 
 
 class StarterGraph(Graph):
