@@ -143,7 +143,8 @@ def evaluate(
             asked = held_out_prompts(prompts, scene_seed, drawn, attributes)
             result |= _model(pipeline, asked, draw)
             if controlnet is not None:
-                result |= _control(pipeline, prompts, drawn, draw, scene_seed, steered, hed, plot)
+                asked = held_out_prompts(prompts, scene_seed, drawn, ("background", "color"))
+                result |= _control(pipeline, asked, draw, steered, hed, plot)
         if out is not None:
             with whole_file(out) as temporary:
                 temporary.write_text(json.dumps(result, indent=2), encoding="utf-8")
@@ -171,12 +172,12 @@ def _model(pipeline: Pipeline, prompts: list[Prompt], draw: DrawSettings) -> dic
             "model": reports["model"].to_dict()}
 
 
-def _control(pipeline: Pipeline, count: int, drawn: SceneSettings, draw: DrawSettings, seed: int,
-             strengths: list[float], hed: Path | None, plot: Path | None) -> dict[str, Any]:
+def _control(pipeline: Pipeline, prompts: list[Prompt], draw: DrawSettings, strengths: list[float],
+             hed: Path | None, plot: Path | None) -> dict[str, Any]:
     from ..model.hed import HEDDetector
-    from ..training.evaluate import control_limits, evaluate_control, held_out_prompts
+    from ..training.evaluate import control_limits, evaluate_control
 
-    prompts = held_out_prompts(count, seed, drawn, ("background", "color"))
+    count = len(prompts)
     limits = control_limits(pipeline.vae, prompts, draw.batch_size)
     detector = None if hed is None else HEDDetector.from_path(hed)
     with progress_bars(errors, hidden=True) as progress:

@@ -42,6 +42,13 @@ class Caption:
     named: frozenset[str]
 
 
+def check_attributes(what: str, attributes: Collection[str]) -> None:
+    """Raises ValueError, which begins with `what`, for names that are none of ATTRIBUTES."""
+    unknown = sorted(set(attributes) - set(ATTRIBUTES))
+    if unknown:
+        raise ValueError(f"{what} {', '.join(unknown)}; use {', '.join(ATTRIBUTES)}")
+
+
 def captions(scene: Scene, seed: int, number: int, count: int = 4) -> list[Caption]:
     """`count` captions of scene `number` of `seed`, the same ones every time.
 
@@ -61,9 +68,7 @@ def full_caption(scene: Scene, seed: int = 0, number: int = 0) -> str:
 def caption_naming(scene: Scene, attributes: Collection[str], seed: int = 0,
                    number: int = 0) -> Caption:
     """A caption of shapes, their count and `attributes` alone (of ATTRIBUTES)."""
-    unknown = sorted(set(attributes) - set(ATTRIBUTES))
-    if unknown:
-        raise ValueError(f"attributes are {', '.join(unknown)}; use {', '.join(ATTRIBUTES)}")
+    check_attributes("attributes are", attributes)
     dice = Dice(seed, number, _TAKEN)
     return _written(scene, dice, {name: name in attributes for name in _LEFT_OUT})
 

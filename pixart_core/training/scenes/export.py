@@ -19,7 +19,7 @@ from torch import Tensor
 from ...extras import require
 from ...whole import whole_file
 from ..draws import mix_seed
-from .captions import ATTRIBUTES, caption_naming, captions
+from .captions import caption_naming, captions, check_attributes
 from .draw import SceneSettings, Split, draw_scene
 from .render import color_shifts, outline, render
 from .scene import Scene
@@ -61,9 +61,7 @@ class ExportSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.split not in _SPLITS:
             raise ValueError(f"split is {self.split!r}; use one of {', '.join(_SPLITS)}")
-        unknown = sorted(set(self.named or ()) - set(ATTRIBUTES))
-        if unknown:
-            raise ValueError(f"named is {', '.join(unknown)}; use {', '.join(ATTRIBUTES)}")
+        check_attributes("named is", self.named or ())
         if self.jitter < 0:
             raise ValueError(f"jitter is {self.jitter}; use 0 or more")
 
