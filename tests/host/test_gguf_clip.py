@@ -42,10 +42,10 @@ def test_a_picture(host, file):
     graph = StarterGraph(prompt=PROMPT, **TRAINED)
     graph.clip = graph.add("PixArtT5Loader", t5_name=NAME)
     graph.positive, graph.negative = graph.encode(PROMPT), graph.encode("")
-    save(graph, graph.ksampler(steps=3, cfg=3.0), "packed_t5")
+    save(graph, graph.ksampler(steps=3, cfg=STARTER.guidance), "packed_t5")
     host.run(graph)
     plain = StarterGraph(prompt=PROMPT, **TRAINED)
-    save(plain, plain.ksampler(steps=3, cfg=3.0), "plain_t5")
+    save(plain, plain.ksampler(steps=3, cfg=STARTER.guidance), "plain_t5")
     host.run(plain)
     assert relative(saved(host, "packed_t5"), saved(host, "plain_t5")) < 5e-3
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graphs import LCM, MODEL, PROMPT, StarterGraph
+from graphs import LCM, MODEL, PROMPT, TRAINED, StarterGraph
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, add_model
 
@@ -165,7 +165,7 @@ def test_latent_mask_keeps_what_it_covers(host):
 
 def test_area_conditioning(host):
     """ConditioningSetArea crops what a prompt sees: a step changes that half and no other."""
-    graph = StarterGraph(width=128, height=128)
+    graph = StarterGraph(**TRAINED)
     other = graph.encode("a small green square on a yellow background")
     area = graph.add("ConditioningSetArea", conditioning=other, width=128, height=64, x=0, y=64,
                      strength=4.0)
@@ -200,7 +200,7 @@ def test_timestep_conditioning(host):
 
 
 def test_tiled_decode(host):
-    graph = StarterGraph(width=128, height=128)
+    graph = StarterGraph(**TRAINED)
     latent = graph.ksampler(steps=2)
     tiled = graph.add("VAEDecodeTiled", samples=latent, vae=graph.vae, tile_size=64, overlap=16,
                       temporal_size=64, temporal_overlap=8)
